@@ -1,0 +1,1 @@
+"""Compiling where it pays, and gradient checkpointing."""

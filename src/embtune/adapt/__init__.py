@@ -1,0 +1,1 @@
+"""LoRA on PEFT, quantised bases, and the merge of both."""

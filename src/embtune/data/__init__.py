@@ -1,0 +1,1 @@
+"""Reading pairs: columns and their roles, files, checks."""

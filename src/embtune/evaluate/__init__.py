@@ -1,0 +1,1 @@
+"""Proof: retrieval, similarity, clustering and classification, before and after."""

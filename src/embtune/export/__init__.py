@@ -1,0 +1,1 @@
+"""Writing a trained model in every format people deploy, and checking each."""

@@ -1,0 +1,1 @@
+"""Checkpoints, architectures, and what embtune changes on a model instance."""

@@ -1,0 +1,119 @@
+"""One row per architecture: where its layers are, what LoRA adapts, how it is checkpointed, pooled and exported.
+
+The table decides, not transformers' own flags: some models set every flag and are wrong, some set none and are right.
+An architecture without a row still loads and trains on the reference engine, with LoRA targets found from its modules.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from embtune.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What embtune knows about one transformers `model_type`."""
+
+    model_type: str
+    """The name in `config.json`."""
+    layers: str
+    """Path of the `nn.ModuleList` that holds the encoder layers, seen from the backbone."""
+    lora_targets: tuple[str, ...]
+    """Last name components of the linear layers that LoRA adapts by default: those inside the encoder layers."""
+    pooling: str = "mean"
+    """Pooling when a bare checkpoint does not say: the mode that the family's embedding models use."""
+    checkpointing: str = "native"
+    """`native` where transformers checkpoints the layers itself, `swap` where embtune does it on the instance."""
+    gguf_architecture: str | None = None
+    """llama.cpp's name of the architecture, or None where it has none."""
+    length_from_positions: int = 0
+    """Learned positions that no token can use: RoBERTa counts from padding index + 1."""
+
+
+def _family(*model_types: str, **settings: object) -> dict[str, Family]:
+    return {name: Family(model_type=name, **settings) for name in model_types}  # type: ignore[arg-type]
+
+
+_BERT_TARGETS = ("query", "key", "value", "dense")
+_DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+FAMILIES: dict[str, Family] = {
+    **_family("bert", layers="encoder.layer", lora_targets=_BERT_TARGETS, gguf_architecture="bert"),
+    **_family("electra", layers="encoder.layer", lora_targets=_BERT_TARGETS, pooling="cls"),
+    **_family(
+        "roberta",
+        "xlm-roberta",
+        layers="encoder.layer",
+        lora_targets=_BERT_TARGETS,
+        gguf_architecture="bert",
+        length_from_positions=2,
+    ),
+    **_family("camembert", layers="encoder.layer", lora_targets=_BERT_TARGETS, length_from_positions=2),
+    **_family(
+        "mpnet",
+        layers="encoder.layer",
+        lora_targets=("q", "k", "v", "o", "dense"),
+        checkpointing="swap",
+        length_from_positions=2,
+    ),
+    **_family(
+        "distilbert",
+        layers="transformer.layer",
+        lora_targets=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+        gguf_architecture="bert",
+    ),
+    **_family(
+        "albert",
+        layers="encoder.albert_layer_groups",
+        lora_targets=("query", "key", "value", "dense", "ffn", "ffn_output"),
+        checkpointing="swap",
+    ),
+    **_family(
+        "modernbert",
+        layers="layers",
+        lora_targets=("Wqkv", "Wo", "Wi"),
+        pooling="cls",
+        gguf_architecture="modern-bert",
+    ),
+    **_family(
+        "deberta-v2",
+        layers="encoder.layer",
+        lora_targets=("query_proj", "key_proj", "value_proj", "dense"),
+        pooling="cls",
+    ),
+    **_family("nomic_bert", "gte", "eurobert", layers="layers", lora_targets=_DECODER_TARGETS),
+    **_family("qwen2", "llama", "mistral", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken"),
+    **_family("qwen3", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken", gguf_architecture="qwen3"),
+    **_family("gemma3_text", layers="layers", lora_targets=_DECODER_TARGETS),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family | None:
+    """The table's row for this config, or None for an architecture that has none."""
+    return FAMILIES.get(config.model_type)
+
+
+def encoder_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a backbone (a transformers model, PEFT-wrapped or not), first to last.
+
+    Without a row, the longest `nn.ModuleList` of the module tree is taken.
+
+    Raises:
+        ModelError: the model has no list of layers.
+    """
+    bare = unwrapped(backbone)
+    family = family_of(bare.config)
+    if family is not None:
+        return list(bare.get_submodule(family.layers))
+    lists = [list(module) for module in bare.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(bare).__name__} has no list of layers; only full fine-tuning can serve it.")
+    return max(lists, key=len)
+
+
+def unwrapped(backbone: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(backbone, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else backbone

