@@ -4,6 +4,8 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -139,3 +141,11 @@ def require(module: str, purpose: str) -> None:
         extra = _EXTRAS.get(module)
         command = f'pip install "embtune[{extra}]"' if extra else f"pip install {module}"
         raise MissingPackageError(f"{purpose} needs the package {module}, which is not installed. Run: {command}")
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block with torch seeded, and leave the program's own random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

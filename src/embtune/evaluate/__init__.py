@@ -1,1 +1,25 @@
 """Proof: retrieval, similarity, clustering and classification, before and after."""
+
+from embtune.evaluate.bootstrap import Difference, paired_bootstrap
+from embtune.evaluate.classification import ClassificationResult, evaluate_classification
+from embtune.evaluate.clustering import ClusteringResult, evaluate_clustering
+from embtune.evaluate.compare import Comparison, ItemChange, compare
+from embtune.evaluate.retrieval import Hit, RetrievalResult, evaluate_retrieval
+from embtune.evaluate.sts import StsResult, evaluate_sts
+
+__all__ = [
+    "ClassificationResult",
+    "ClusteringResult",
+    "Comparison",
+    "Difference",
+    "Hit",
+    "ItemChange",
+    "RetrievalResult",
+    "StsResult",
+    "compare",
+    "evaluate_classification",
+    "evaluate_clustering",
+    "evaluate_retrieval",
+    "evaluate_sts",
+    "paired_bootstrap",
+]

@@ -26,10 +26,16 @@ class Family:
     """Pooling when a bare checkpoint does not say: the mode that the family's embedding models use."""
     checkpointing: str = "native"
     """`native` where transformers checkpoints the layers itself, `swap` where embtune does it on the instance."""
+    joined_matrices: bool = False
+    """Whether its files hold query, key and value as one matrix, which transformers takes apart while loading."""
     gguf_architecture: str | None = None
     """llama.cpp's name of the architecture, or None where it has none."""
-    length_from_positions: int = 0
-    """Learned positions that no token can use: RoBERTa counts from padding index + 1."""
+    positions_after_padding: bool = False
+    """Whether positions count from padding index + 1 (RoBERTa, MPNet): the first ones are then never used."""
+    packing: str | None = "interface"
+    """How the packed engine reaches attention: transformers' `interface`, a `swap` on the instance; None: unproven."""
+    mask_value: float = 0
+    """1 where the model multiplies embeddings by their mask, which a packed row must leave as they are."""
 
 
 def _family(*model_types: str, **settings: object) -> dict[str, Family]:
@@ -48,15 +54,16 @@ FAMILIES: dict[str, Family] = {
         layers="encoder.layer",
         lora_targets=_BERT_TARGETS,
         gguf_architecture="bert",
-        length_from_positions=2,
+        positions_after_padding=True,
     ),
-    **_family("camembert", layers="encoder.layer", lora_targets=_BERT_TARGETS, length_from_positions=2),
+    **_family("camembert", layers="encoder.layer", lora_targets=_BERT_TARGETS, positions_after_padding=True),
     **_family(
         "mpnet",
         layers="encoder.layer",
         lora_targets=("q", "k", "v", "o", "dense"),
         checkpointing="swap",
-        length_from_positions=2,
+        positions_after_padding=True,
+        packing="swap",
     ),
     **_family(
         "distilbert",
@@ -82,8 +89,11 @@ FAMILIES: dict[str, Family] = {
         layers="encoder.layer",
         lora_targets=("query_proj", "key_proj", "value_proj", "dense"),
         pooling="cls",
+        packing="swap",
+        mask_value=1,
     ),
-    **_family("nomic_bert", "gte", "eurobert", layers="layers", lora_targets=_DECODER_TARGETS),
+    **_family("nomic_bert", "gte", layers="layers", lora_targets=_DECODER_TARGETS, joined_matrices=True),
+    **_family("eurobert", layers="layers", lora_targets=_DECODER_TARGETS),
     **_family("qwen2", "llama", "mistral", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken"),
     **_family("qwen3", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken", gguf_architecture="qwen3"),
     **_family("gemma3_text", layers="layers", lora_targets=_DECODER_TARGETS),

@@ -1,0 +1,279 @@
+"""LoRA through PEFT: which layers are adapted, with which settings, and a wrapper that saves whole models."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoftQConfig, LoraConfig, PeftModel, PeftModelForFeatureExtraction, TaskType
+from torch import nn
+from transformers import PreTrainedModel
+
+from embtune.adapt.merge import iter_merged_tensors
+from embtune.adapt.quantised import is_quantised
+from embtune.errors import ArgumentError, ModelError
+from embtune.models.families import encoder_layers, family_of
+from embtune.runtime import seeded
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The arguments of `get_peft_model`, checked, with PEFT's meaning."""
+
+    r: int = 16
+    """Rank of the low-rank product B·A."""
+    lora_alpha: float = 16
+    """Scale: the product is multiplied by lora_alpha / r (by lora_alpha / √r with rank-stabilised LoRA)."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the low-rank product, 0 ≤ p < 1."""
+    target_modules: str | Sequence[str] | None = None
+    """Layers to adapt: name endings, a regular expression, "all-linear", or None for the family's own list."""
+    bias: str = "none"
+    """Which bias vectors are trained: "none", "all" or "lora_only"."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (Liu et al. 2024, arXiv:2402.09353)."""
+    init_lora_weights: bool | str = True
+    """PEFT's initialisation: True (B = 0), False (random B), "gaussian", "pissa", "olora", "loftq" …"""
+    loftq_config: Mapping[str, Any] | LoftQConfig | None = None
+    """Settings of the LoftQ initialisation; needs init_lora_weights="loftq" and an unquantised base."""
+    layers_to_transform: int | Sequence[int] | None = None
+    """Indices of the encoder layers to adapt; None adapts all."""
+    modules_to_save: Sequence[str] | None = None
+    """Modules outside LoRA that are trained and saved whole."""
+    random_state: int = 3407
+    """Seed of the adapter's initialisation; the program's own random state is left as it was."""
+    task_type: TaskType | str | None = field(default=TaskType.FEATURE_EXTRACTION)
+    """Only FEATURE_EXTRACTION: an embedding model has no other head."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ArgumentError(f"r={self.r!r}: the rank of LoRA is a whole number from 1 up.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ArgumentError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ArgumentError(f'bias={self.bias!r} is not known; use "none", "all" or "lora_only".')
+        if self.task_type not in (None, TaskType.FEATURE_EXTRACTION, "FEATURE_EXTRACTION"):
+            raise ArgumentError(f"task_type={self.task_type!r}: embedding models train as FEATURE_EXTRACTION.")
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            raise ArgumentError('loftq_config is used only with init_lora_weights="loftq".')
+
+
+class AdaptedEncoder(PeftModelForFeatureExtraction):
+    """PEFT's model around an encoder; unlike PEFT's own, once merged it saves the whole encoder.
+
+    `merge_and_unload()` also works on a quantised base: weights are de-quantised before ΔW is added, because adding it
+    to 4-bit weights and quantising again loses what was trained.
+    """
+
+    merged = False
+    """Whether `merge_and_unload` has been called: no adapter is left, and the encoder is whole."""
+    resized_vocabulary = False
+    """Whether tokens were added to the base: its embeddings then travel with the adapter."""
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> PreTrainedModel:
+        """Add the adapter to the base weights, in place, and return the plain encoder.
+
+        The encoder then has the dtype of the checkpoint it was loaded from (float32 after a quantised base): a sum in
+        bfloat16 would round away part of what was trained. Calling it twice is harmless.
+
+        Raises:
+            ArgumentError: `adapter_names` names other adapters than the active ones.
+        """
+        if self.merged:
+            return self.get_base_model()
+        if adapter_names is not None and set(adapter_names) != set(self.active_adapters):
+            raise ArgumentError(f"adapter_names={adapter_names}: only the active {self.active_adapters} can be merged.")
+        base = self.get_base_model()
+        checkpoint_dtype = getattr(base, "checkpoint_dtype", None) or base.dtype
+        if is_quantised(base):
+            dense = dict(iter_merged_tensors(self))
+            encoder = self.base_model.unload()
+            _replace_quantised(encoder, dense)
+        else:
+            base.to(checkpoint_dtype)
+            encoder = self.base_model.merge_and_unload(progressbar=progressbar, safe_merge=safe_merge)
+        self.merged = True
+        return encoder
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write the adapter, or the whole encoder once it is merged.
+
+        Raises:
+            ArgumentError: the folder holds a sentence-transformers model, or files of the other kind.
+        """
+        folder = Path(save_directory)
+        if self.merged:
+            _refuse_other_kind(folder, "adapter_config.json", "an adapter")
+            _refuse_other_kind(folder, "modules.json", "a sentence-transformers model")
+            self.get_base_model().save_pretrained(folder, *args, **kwargs)
+            return
+        _refuse_other_kind(folder, "model.safetensors", "a whole model")
+        kwargs.setdefault("save_embedding_layers", self.resized_vocabulary)
+        super().save_pretrained(str(folder), *args, **kwargs)
+
+
+def _refuse_other_kind(folder: Path, witness: str, kind: str) -> None:
+    if (folder / witness).exists():
+        raise ArgumentError(
+            f"{folder} already holds {kind} ({witness}); the two would contradict each other on loading. "
+            "Save into another folder."
+        )
+
+
+def _replace_quantised(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put dense linear layers with the given weights in the place of quantised ones, in the instance."""
+    for name, module in list(encoder.named_modules()):
+        weight_name = f"{name}.weight"
+        if not isinstance(module, nn.Linear) or weight_name not in tensors:
+            continue
+        weight = tensors[weight_name]
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device=weight.device)
+        dense.weight = nn.Parameter(weight.to(torch.float32), requires_grad=False)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(tensors[f"{name}.bias"].to(torch.float32), requires_grad=False)
+        parent_name, _, child = name.rpartition(".")
+        setattr(encoder.get_submodule(parent_name), child, dense.train(module.training))
+    encoder.to(torch.float32)
+    encoder.config.dtype = torch.float32
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(encoder.config, attribute):
+            delattr(encoder.config, attribute)
+    for attribute in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
+        if attribute in encoder.__dict__:
+            delattr(encoder, attribute)
+
+
+def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEncoder:
+    """Freeze the backbone and put LoRA adapters, in float32, on its layers.
+
+    Raises:
+        ArgumentError: a target names no linear layer, or a setting does not fit the model.
+        ModelError: the backbone has adapters already.
+    """
+    if isinstance(backbone, PeftModelForFeatureExtraction) or getattr(backbone, "_hf_peft_config_loaded", False):
+        raise ModelError("This model has an adapter already; load the base again, or merge it first.")
+    targets = resolve_targets(backbone, settings.target_modules)
+    layers = settings.layers_to_transform
+    _check_layers(backbone, layers)
+    _check_modules_to_save(backbone, settings.modules_to_save)
+    if settings.loftq_config and is_quantised(backbone):
+        raise ArgumentError("loftq_config: LoftQ starts from unquantised weights; load without load_in_4bit/8bit.")
+    loftq = settings.loftq_config or {}
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_pooler_layers(backbone, targets),
+        bias=settings.bias,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
+        loftq_config=loftq if isinstance(loftq, LoftQConfig) else (LoftQConfig(**loftq) if loftq else {}),
+        layers_to_transform=list(layers) if isinstance(layers, Sequence) else layers,
+        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+    )
+    with seeded(settings.random_state, backbone.device):
+        try:
+            adapted = AdaptedEncoder(backbone, config)
+        except ValueError as error:
+            raise ArgumentError(f"PEFT refuses these LoRA settings: {error}") from error
+    adapted.resized_vocabulary = vocabulary_was_resized(backbone)
+    return adapted
+
+
+def continue_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool) -> AdaptedEncoder:
+    """Put the LoRA adapter that was saved in `folder` onto its base, in float32, to train it further.
+
+    Raises:
+        ModelError: the folder holds another kind of adapter, or weights that do not fit the base.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(f"The adapter in {folder} does not fit its base model: {error}") from error
+    if type(adapted) is not PeftModelForFeatureExtraction or not isinstance(adapted.active_peft_config, LoraConfig):
+        raise ModelError(f"{folder} holds no LoRA adapter for feature extraction; embtune continues those only.")
+    adapted.__class__ = AdaptedEncoder
+    adapted.resized_vocabulary = vocabulary_was_resized(backbone)
+    return adapted
+
+
+def resolve_targets(backbone: PreTrainedModel, requested: str | Sequence[str] | None) -> str | list[str]:
+    """The `target_modules` for PEFT: the family's own, or those asked for once each is known to exist.
+
+    Raises:
+        ArgumentError: a name matches no linear layer outside the pooler; the message lists the names there are.
+    """
+    available = linear_names(backbone)
+    if requested is None:
+        family = family_of(backbone.config)
+        return [name for name in family.lora_targets if name in available] if family else sorted(available)
+    if isinstance(requested, str):
+        return requested
+    targets = list(requested)
+    modules = [name for name, _ in backbone.named_modules() if not name.startswith("pooler")]
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
+    if missing or not targets:
+        hints = [f"{name} → {close[0]}" for name in missing if (close := difflib.get_close_matches(name, available, 1))]
+        hint = f" Did you mean {', '.join(hints)}?" if hints else ""
+        raise ArgumentError(
+            f"target_modules={targets}: outside its pooler {type(backbone).__name__} has no layer named "
+            f"{', '.join(missing) or '(none given)'}. Its linear layers are: {', '.join(sorted(available))}.{hint}"
+        )
+    return targets
+
+
+def _pooler_layers(backbone: nn.Module, targets: str | list[str]) -> list[str] | None:
+    """The layers of the pooler that `targets` would match.
+
+    The pooler feeds nothing that a sentence embedding uses: an adapter there gets no gradient, and distributed
+    training does not survive a parameter without one.
+    """
+    pooler = [
+        name
+        for name, module in backbone.named_modules()
+        if name.partition(".")[0] == "pooler" and isinstance(module, nn.Linear)
+    ]
+    if isinstance(targets, str):
+        return pooler if pooler and targets == "all-linear" else None
+    return [name for name in pooler if name.rpartition(".")[2] in targets] or None
+
+
+def linear_names(backbone: nn.Module) -> set[str]:
+    """Last name components of the linear layers inside the encoder layers, quantised ones included."""
+    return {
+        name.rpartition(".")[2]
+        for layer in encoder_layers(backbone)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _check_layers(backbone: nn.Module, layers: int | Sequence[int] | None) -> None:
+    if layers is None:
+        return
+    count = len(encoder_layers(backbone))
+    wrong = [index for index in ([layers] if isinstance(layers, int) else layers) if not 0 <= index < count]
+    if wrong:
+        raise ArgumentError(f"layers_to_transform: there is no layer {wrong}; this model has layers 0 to {count - 1}.")
+
+
+def _check_modules_to_save(backbone: nn.Module, names: Sequence[str] | None) -> None:
+    endings = {part for name, _ in backbone.named_modules() for part in (name, name.rpartition(".")[2])}
+    missing = [name for name in names or () if name not in endings]
+    if missing:
+        raise ArgumentError(f"modules_to_save: the model has no module named {', '.join(missing)}.")
+
+
+def vocabulary_was_resized(backbone: PreTrainedModel) -> bool:
+    """Whether tokens were added since the checkpoint was loaded."""
+    loaded = getattr(backbone, "checkpoint_vocabulary", None)
+    return loaded is not None and backbone.get_input_embeddings().num_embeddings != loaded

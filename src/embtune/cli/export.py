@@ -1,0 +1,70 @@
+"""`embtune export`: a model or an adapter, saved for use elsewhere; `save_export` serves training too."""
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from embtune.api import FastSentenceTransformer
+from embtune.cli.config import ExportChoice, ExportConfig
+from embtune.cli.display import make_console, print_commands, working
+from embtune.export.gguf_architecture import gguf_architecture
+from embtune.models.families import unwrapped
+from embtune.models.modules import single_transformer
+from embtune.runtime import require
+
+
+def run_export(config: ExportConfig, console: Console | None = None) -> int:
+    """Load the model, save it as asked, and return the exit code.
+
+    Raises:
+        EmbtuneError: the model cannot be loaded or saved so; nothing is left behind then.
+    """
+    console = console or make_console()
+    choice = ExportChoice.of(config.format, config.quantization, "quantization")
+    with working(console, f"Loading {config.model}"):
+        # In float32 no digit of the base is lost before the adapter is added to it.
+        model = FastSentenceTransformer.from_pretrained(config.model, dtype="float32", for_inference=True)
+    check_export(model, choice)
+    with working(console, f"Saving as {choice} in {config.out}"):
+        saved = save_export(model, choice, config.out)
+    files = [saved] if saved.is_file() else [file for file in saved.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    console.print(f"Saved {saved}: {size / 1e6:,.1f} MB.", style="bold green", soft_wrap=True)
+    print_commands(console, [usage(choice, saved)])
+    return 0
+
+
+def check_export(model: SentenceTransformer, choice: ExportChoice) -> None:
+    """Raise now what would make an export fail later, when hours of training have passed.
+
+    Raises:
+        ExportError, ModelError: this architecture has no such format.
+        MissingPackageError: a package that the format needs is not installed.
+    """
+    if choice.format == "gguf":
+        gguf_architecture(unwrapped(single_transformer(model, "A GGUF file").model).config)
+    if choice.format == "torchao":
+        require("torchao", "Saving with TorchAO")
+
+
+def save_export(model: FastSentenceTransformer, choice: ExportChoice, folder: Path) -> Path:
+    """Save `model` into `folder` and return that folder, or the GGUF file in it."""
+    if choice.format == "gguf":
+        [file] = model.save_pretrained_gguf(folder, quantization_method=str(choice.quantization))
+        return file
+    if choice.format == "torchao":
+        return model.save_pretrained_torchao(folder, torchao_config=str(choice.quantization))
+    method = f"merged_{choice.quantization}" if choice.quantization else "merged"
+    return model.save_pretrained_merged(folder, save_method=method)
+
+
+def usage(choice: ExportChoice, saved: Path) -> tuple[str, str]:
+    """What for, and the command that tries an export out."""
+    if choice.format == "gguf":
+        return "Use it in llama.cpp:", f"llama-embedding -m {shlex.quote(str(saved))} -p 'a text'"
+    purpose = "Use it in sentence-transformers" + (", with torchao installed:" if choice.format == "torchao" else ":")
+    code = f"from sentence_transformers import SentenceTransformer as S; print(S({str(saved)!r}).encode('a text')[:5])"
+    # Double quotes are easier to read, where nothing between them has a meaning for the shell.
+    return purpose, "python -c " + (shlex.quote(code) if set(code) & set('"\\$`!') else f'"{code}"')

@@ -1,0 +1,79 @@
+"""Types of options: how each is written as a flag, and how help shows it."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from embtune.errors import ArgumentError
+
+# A path may hold a "=" too; what stands before it then has a slash, or the file exists.
+_NAMED = re.compile(r"(?P<name>\w[\w. -]*)=(?P<value>.*)", re.DOTALL)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ArgumentError(f"{text!r} must be written NAME=VALUE.")
+        if name in found:
+            raise ArgumentError(f"{name!r} is given twice.")
+        found[name] = value
+    return found
+
+
+def _values(texts: Sequence[str]) -> dict[str, Any]:
+    try:
+        return {name: yaml.safe_load(value) for name, value in _pairs(texts).items()}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{' '.join(texts)}: a value is neither number, text, list nor true or false.") from error
+
+
+def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Name data sets: `NAME=SOURCE` says its name, a bare file or Hub name is called by its last part.
+
+    Raises:
+        ArgumentError: two have the same name.
+    """
+    found: dict[str, str] = {}
+    for source in sources:
+        named = None if Path(source).exists() else _NAMED.fullmatch(source)
+        name, value = (named["name"], named["value"]) if named else (Path(source).stem, source)
+        if name in found:
+            raise ArgumentError(f"Two data sets are called {name!r}; name them yourself: NAME=FILE NAME=FILE.")
+        found[name] = value
+    return found
+
+
+def _flag(parse: Callable[[Sequence[str]], Mapping[str, Any]], metavar: str) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    )
+
+
+def shown(metavar: str, default: bool = False) -> Any:
+    """How help shows a flag; a default that says nothing (None, False, no items) is not worth a line."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=None if default else "")
+
+
+_HIDDEN_DEFAULT = tyro.conf.arg(help_behavior_hint="")
+
+Pairs = Annotated[Mapping[str, str], _flag(_pairs, "A=B…"), _HIDDEN_DEFAULT]
+Values = Annotated[Mapping[str, Any], _flag(_values, "A=B…"), _HIDDEN_DEFAULT]
+Sources = Annotated[Mapping[str, str], _flag(sources_by_name, "FILE…")]
+Switch = Annotated[bool, _HIDDEN_DEFAULT]
+Texts = Annotated[tuple[str, ...], shown("NAME…")]
+Numbers = Annotated[tuple[int, ...], shown("N…")]
+Text = Annotated[str | None, shown("NAME")]
+Number = Annotated[int | None, shown("N")]
+Rate = Annotated[float | None, shown("X")]
+Count = Annotated[int, shown("N", default=True)]
+Share = Annotated[float, shown("X", default=True)]

@@ -1,0 +1,180 @@
+"""`embtune`, the command: finds the verb, parses its flags, runs it, and turns mistakes into one message."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import tyro
+
+from embtune import __version__
+from embtune.cli.config import EvaluateConfig, EverydayTrainConfig, ExportConfig, TrainConfig, TrainDetails
+from embtune.cli.config_file import read_defaults
+from embtune.errors import EmbtuneError, EmbtuneWarning
+
+Config = TypeVar("Config")
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+VERBOSE_VARIABLE = "EMBTUNE_VERBOSE"
+
+_VERBS = {
+    "demo": "teach a small model to find code by what it does, and watch it get better",
+    "train": "fine-tune a model on your pairs, and show what it gained",
+    "evaluate": "measure one or more models on the same data",
+    "export": "save a model for sentence-transformers, llama.cpp or TorchAO",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 for a mistake in input, 2 in usage, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments or os.environ.get(VERBOSE_VARIABLE, "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--verbose"]
+    try:
+        return _run(_verb(arguments[:1]), arguments[1:], verbose)
+    except SystemExit as end:  # of a parser, which has printed what there is to say
+        return end.code if isinstance(end.code, int) else 2
+    except EmbtuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that is not to be written: the message names it
+        if verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(verb: str, arguments: list[str], verbose: bool) -> int:
+    # The flags are parsed before PyTorch is imported: help and mistakes in usage come at once.
+    config: Any = None
+    if verb == "train":
+        config = _train_config(arguments)
+    elif verb == "evaluate":
+        config = _parse(EvaluateConfig, verb, arguments)
+    elif verb == "export":
+        config = _parse(ExportConfig, verb, arguments)
+    with _quiet(verbose):
+        module = import_module(f"embtune.cli.{verb}")
+        if verb == "demo":
+            config = _parse(module.DemoConfig, verb, arguments)
+        exit_code: int = getattr(module, f"run_{verb}")(config)
+        return exit_code
+
+
+def _verb(arguments: list[str]) -> str:
+    verbs = "\n".join(f"  {verb:<10}{what}" for verb, what in _VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="embtune",
+        usage="embtune VERB [OPTIONS]",
+        description=f"Fine-tune sentence-embedding models, prove the gain, ship the result.\n\nverbs:\n{verbs}",
+        epilog="`embtune VERB --help` shows a verb's options. For a first look: embtune demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"embtune {__version__}")
+    parser.add_argument(
+        "--verbose", action="store_true", help=f"show what libraries say, too (or {VERBOSE_VARIABLE}=1)"
+    )
+    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    found: str = parser.parse_args(arguments).verb
+    return found
+
+
+def _parse(config_type: type[Config], verb: str, arguments: list[str], default: Config | None = None) -> Config:
+    wants_help = "--help" in arguments or "-h" in arguments
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        config_type,
+        prog=f"embtune {verb}",
+        args=["--help"] if wants_help else arguments,
+        # `--no-…` is for switches that a file turned on; help does without.
+        config=(tyro.conf.FlagCreatePairsOff,) if wants_help else (),
+        **defaults,
+    )
+
+
+def _train_config(arguments: list[str]) -> TrainConfig:
+    if "--help-more" in arguments:
+        _parse(TrainDetails, "train", ["--help"])
+    if "--help" in arguments or "-h" in arguments:
+        _parse(EverydayTrainConfig, "train", ["--help"])
+    parser = argparse.ArgumentParser(prog="embtune train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    file = parser.parse_known_args(arguments)[0].config
+    return _parse(TrainConfig, "train", arguments, None if file is None else read_defaults(TrainConfig, file))
+
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Show embtune's own warnings as one line each, and keep what other libraries say off the screen.
+
+    Everything is put back at the end: this belongs to the command, not to a program that calls `main`.
+    """
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", EmbtuneWarning)
+        warnings.showwarning = _one_line_each(warnings.showwarning)
+        if verbose:
+            yield
+            return
+        disabled = logging.root.manager.disable
+        # Levels of single loggers would not do: libraries set their own when they are imported.
+        logging.disable(logging.WARNING)
+        try:
+            with _no_bars():
+                yield
+        finally:
+            logging.disable(disabled)
+
+
+def _one_line_each(others: Any) -> Any:
+    """A `warnings.showwarning` that prints each of embtune's messages once, and passes on what others warn of."""
+    shown: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, EmbtuneWarning):
+            others(message, category, filename, lineno, file, line)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    return show
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers and datasets, such as those of loading weights; downloads keep theirs."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    had = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had[0]:
+            transformers_logging.enable_progress_bar()
+        if had[1]:
+            datasets.enable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

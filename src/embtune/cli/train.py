@@ -1,0 +1,235 @@
+"""`embtune train`: read and check, load, measure, train, measure again, save, and say how to go on."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from embtune.api import FastSentenceTransformer
+from embtune.cli.config import ExportChoice, TrainConfig
+from embtune.cli.display import duration, make_console, print_commands, working
+from embtune.cli.evaluate import EvaluationTask
+from embtune.cli.export import check_export, save_export, usage
+from embtune.cli.fitting import fit
+from embtune.cli.loss_choice import check_loss, make_loss
+from embtune.cli.run_folder import RunFolder
+from embtune.data.checks import check_training_data
+from embtune.data.readers import read_dataset
+from embtune.errors import ArgumentError
+from embtune.evaluate.compare import Comparison, compare
+from embtune.export.card import DataFacts, MetricChange, describe_training
+from embtune.models.modules import transformer_modules
+from embtune.runtime import describe_machine
+
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+# What the model card does not list among the settings: files and folders of one machine.
+_NOT_ON_CARD = ("model", "data", "columns", "eval_data", "eval_columns", "output", "config", "resume", "exports")
+
+
+def run_train(config: TrainConfig, console: Console | None = None) -> int:
+    """Run the whole training and return the exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        EmbtuneError: the data, the model or an option cannot be used. Before the first checkpoint that leaves nothing
+            behind; later, the checkpoints stay.
+    """
+    console = console or make_console()
+    run = RunFolder(config.output)
+    run.check(config.resume)
+    _check_trackers(config.more.report_to)
+    try:
+        data = _read_training_data(config, console)
+        task = _read_evaluation(config, data, console)
+        with run.without_remains():
+            _train(config, run, data, task, console)
+    except KeyboardInterrupt:
+        kept = "The same command with --resume goes on from its last checkpoint." if run.checkpoints.exists() else ""
+        console.print(f"\nStopped by Ctrl-C. {kept or f'Nothing was left in {config.output}.'}", style="yellow")
+        return INTERRUPTED
+    return 0
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ArgumentError(f"report_to: there is no tracker {name!r}; there are {known}.")
+        if name not in get_available_reporting_integrations():
+            raise ArgumentError(f"report_to: {name} is not installed. Install it with pip, or leave it out.")
+
+
+def _read_training_data(config: TrainConfig, console: Console) -> dict[str, Dataset]:
+    """Name -> rows of each data set, which suit the loss and the prompts."""
+    data: dict[str, Dataset] = {}
+    for name, source in config.data.items():
+        with working(console, f"Reading {source}"):
+            data[name] = read_dataset(source, columns=dict(config.columns) or None)
+        console.print(f"{len(data[name]):,} rows with {', '.join(data[name].column_names)}.")
+    check_loss(config.loss, data)
+    columns = {column for dataset in data.values() for column in dataset.column_names}
+    for column in config.more.prompts:
+        if column not in columns:
+            raise ArgumentError(f"prompts: there is no column {column!r}; there are {', '.join(sorted(columns))}.")
+    return data
+
+
+def _read_evaluation(config: TrainConfig, data: Mapping[str, Dataset], console: Console) -> EvaluationTask | None:
+    """The evaluation data, if there is any, looked through for texts that training sees."""
+    task = None
+    if config.eval_data is not None:
+        columns = config.more.eval_columns or config.columns
+        with working(console, f"Reading {config.eval_data}"):
+            task = EvaluationTask.read(config.eval_data, dict(columns), config.more.eval_split)
+        console.print(f"Measured on {task}.")
+    # Of several data sets one may be smaller than a batch; a single one would not fill even the first.
+    batch_size = config.batch_size if len(data) == 1 else None
+    for dataset in data.values():
+        check_training_data(dataset, task.data if task else None, batch_size)
+    return task
+
+
+def _train(
+    config: TrainConfig, run: RunFolder, data: dict[str, Dataset], task: EvaluationTask | None, console: Console
+) -> None:
+    with working(console, f"Loading {config.model}"):
+        model = _load_model(config)
+    exports = [ExportChoice.parse(text) for text in config.exports]
+    for choice in exports:
+        check_export(model, choice)
+    loss = make_loss(config.loss, config.more.loss_args, model, config.more.matryoshka_dims)
+    console.print(str(model.explain()), style="dim")
+    settings = {"config": _plain(config.flat()), "machine": describe_machine(model.device)}
+    if config.resume and (changed := run.changed_options(settings["config"])):
+        console.print(f"Other than when this run began: {', '.join(changed)}.", style="yellow")
+    before = None
+    if task is not None:
+        with working(console, "Measuring the model as it is"):
+            before = task.run(model)
+    facts = fit(config, run, model, loss, data, task, console, on_begin=lambda: run.write_settings(settings))
+    console.print(f"Trained {facts['steps']:,} steps in {duration(facts['seconds'])}.")
+    comparison = None
+    if task is not None and before is not None:
+        with working(console, "Measuring the trained model"):
+            comparison = compare(before, task.run(model))
+        console.print()
+        console.print(comparison.render())
+    _describe(config, model, data, task, comparison)
+    results: dict[str, Any] = {"training": facts, "exports": {}}
+    if comparison is not None and task is not None:
+        results["evaluation"] = {"data": task.name, **comparison.to_dict()}
+    run.write_results(results)
+    commands = []
+    for choice in exports:
+        folder = config.output / choice.folder_name
+        with working(console, f"Saving as {choice} in {folder}"):
+            saved = save_export(model, choice, folder)
+        results["exports"][str(choice)] = str(saved)
+        commands.append(usage(choice, saved))
+        run.write_results(results)
+    _show_next(config, run, results, commands, console)
+
+
+def _load_model(config: TrainConfig) -> SentenceTransformer:
+    """The model, ready to be trained as the config says."""
+    more = config.more
+    model = FastSentenceTransformer.from_pretrained(
+        config.model,
+        max_seq_length=config.max_seq_length,
+        dtype=more.dtype,
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=more.load_in_8bit,
+        full_finetuning=config.full_finetuning,
+        pooling_mode=more.pooling_mode,
+        use_gradient_checkpointing=more.gradient_checkpointing,
+        random_state=config.seed,
+        engine=more.engine,
+    )
+    if config.full_finetuning:
+        return model
+    if any(isinstance(transformer.model, PeftModel) for transformer in transformer_modules(model)):
+        if settings := config.lora_settings():
+            raise ArgumentError(
+                f"{config.model} is an adapter, which is trained on as it is; leave {', '.join(settings)} out, or "
+                "merge it first (embtune export) to put another adapter on it."
+            )
+        return model
+    return FastSentenceTransformer.get_peft_model(
+        model,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=more.lora_dropout,
+        target_modules=list(more.lora_targets) or None,
+        random_state=config.seed,
+    )
+
+
+def _describe(
+    config: TrainConfig,
+    model: SentenceTransformer,
+    data: Mapping[str, Dataset],
+    task: EvaluationTask | None,
+    comparison: Comparison | None,
+) -> None:
+    """Fill the model card that every save writes."""
+    settings = {name: value for name, value in config.flat().items() if name not in _NOT_ON_CARD}
+    metrics = None
+    if task is not None and comparison is not None:
+        metrics = {
+            task.name: {
+                metric: MetricChange(change.before, change.after, change.low, change.high)
+                for metric, change in comparison.metrics.items()
+            }
+        }
+    describe_training(
+        model,
+        settings={name: value for name, value in settings.items() if value not in (None, (), {})},
+        metrics=metrics,
+        base_model=config.model,
+        data=[_facts(source, data[name]) for name, source in config.data.items()],
+    )
+
+
+def _facts(source: str, dataset: Dataset) -> DataFacts:
+    on_hub = not Path(source).expanduser().exists()
+    name = source.partition(":")[0] if on_hub else Path(source).name
+    return DataFacts(name, len(dataset), dataset.column_names, hub_id=name if on_hub else None)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON and YAML hold them, so that those in run.json can be copied into a config file."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in options.items()}
+
+
+def _show_next(
+    config: TrainConfig,
+    run: RunFolder,
+    results: Mapping[str, Any],
+    commands: list[tuple[str, str]],
+    console: Console,
+) -> None:
+    console.print(f"\nDone. All numbers are in {run.path / 'results.json'}.", style="bold green", soft_wrap=True)
+    merged = next((saved for name, saved in results["exports"].items() if name.startswith("merged")), None)
+    if config.eval_data is None:
+        commands.append(
+            ("Nothing was measured; with held-out pairs in a file:", "embtune train … --eval-data held-out.jsonl")
+        )
+    elif merged is not None:
+        models = f"{shlex.quote(config.model)} {shlex.quote(merged)}"
+        commands.append(("Measure it on other data:", f"embtune evaluate {models} --data DATA"))
+    if merged is not None:
+        target = f"--format gguf --out {shlex.quote(str(run.path / 'gguf'))}"
+        commands.append(("Save it in another format:", f"embtune export {shlex.quote(merged)} {target}"))
+    print_commands(console, commands)

@@ -1,0 +1,127 @@
+"""One function per file format: JSON Lines, JSON, CSV and TSV, Parquet."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from embtune.data.columns import ColumnRoles, canonical, role_of
+from embtune.data.lines import decoded_lines, json_list, json_objects, reading
+from embtune.data.rows import collect
+from embtune.data.tables import check_cells, to_dataset
+from embtune.data.values import parse_number
+from embtune.errors import DataError
+
+
+def read_jsonl(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
+    """Read one JSON object per line."""
+    return collect(path, islice(json_objects(path), limit), mapping)
+
+
+def read_json(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
+    """Read one JSON list of objects."""
+    return collect(path, islice(json_list(path), limit), mapping)
+
+
+def read_csv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
+    """Read comma-separated values with a header, quoted as spreadsheets do."""
+    return collect(path, islice(_delimited(path, ",", mapping), limit), mapping, parse_number)
+
+
+def read_tsv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
+    """Read tab-separated values with a header, quoted as spreadsheets do."""
+    return collect(path, islice(_delimited(path, "\t", mapping), limit), mapping, parse_number)
+
+
+def read_parquet(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
+    """Read a Parquet file; messages count its rows from 1."""
+    try:
+        with reading(path), path.open("rb") as file:
+            parquet = pq.ParquetFile(file)
+            roles = ColumnRoles.from_names(parquet.schema_arrow.names, mapping, str(path))
+            table = parquet.read(columns=list(roles.columns))
+            table.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is no whole Parquet file: {error}. Write it again, or give JSONL or CSV.") from error
+    dataset = to_dataset(_plain(table.slice(0, limit)))
+    check_cells(dataset, roles, lambda index: f"{path}, row {index + 1}")
+    return canonical(dataset, dict(roles), source=str(path))
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """`table` without dictionary columns (which `datasets` cannot hold) and without another library's metadata."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            column = table.column(index).cast(field.type.value_type)
+            table = table.set_column(index, field.name, column)
+    return table.replace_schema_metadata(None)
+
+
+def _delimited(path: Path, delimiter: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (first line, row) behind the header; blank lines are skipped."""
+    records = _records(path, delimiter)
+    line, header = next(records, (1, []))
+    if not header:
+        return
+    _check_header(f"{path}, line {line}", header, delimiter, mapping)
+    for line, cells in records:
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path}, line {line}: {len(cells)} cells, but the header names {len(header)} columns "
+                f'({", ".join(header)}). Put texts that contain the separator or a line break in double quotes, "…".'
+            )
+        yield line, dict(zip(header, cells, strict=True))
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((text for _, text in decoded_lines(path)), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {line}: the record that begins here is broken ({error}). Most often a quote is not closed, "
+            'or a " inside a quoted text is not doubled (""). Long texts are safer in JSONL or Parquet.'
+        ) from error
+
+
+def _check_header(where: str, header: list[str], delimiter: str, mapping: Mapping[str, str] | None) -> None:
+    for number, name in enumerate(header, 1):
+        if not name.strip():
+            raise DataError(f"{where}: column {number} of the header has no name. Name every column.")
+        if header.count(name) > 1:
+            raise DataError(f"{where}: the header names column {name!r} twice. Rename or remove one.")
+    others = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    del others[delimiter]
+    for other, word in others.items():
+        if len(header) == 1 and other in header[0]:
+            raise DataError(
+                f"{where}: the header {header[0]!r} seems to be separated by {word}. Separate a .csv by commas "
+                "and a .tsv by tabs."
+            )
+    if mapping is None and not any(map(role_of, header)):
+        raise DataError(
+            f"{where}: no column name is known in {header!r}. If this is a row and the header is missing, put one such "
+            f"as anchor{delimiter}positive above it; if it is the header, say what the columns are: "
+            f"columns={{{header[0]!r}: 'anchor', …}}."
+        )
+    ColumnRoles.from_names(header, mapping, where)  # so that its messages name the header's line
+
+
+READERS: Mapping[str, Callable[[Path, Mapping[str, str] | None, int | None], Dataset]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
+"""File ending, in lower case, to the function that reads it."""

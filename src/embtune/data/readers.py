@@ -1,0 +1,147 @@
+"""`read_dataset`: pairs from a file, a `datasets.Dataset` or the Hub, checked, with canonical columns."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
+
+from embtune.data.columns import ColumnRoles, canonical
+from embtune.data.formats import READERS
+from embtune.data.lines import reading
+from embtune.data.tables import check_cells
+from embtune.errors import ArgumentError, DataError
+
+_HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
+_ENDINGS = ", ".join(READERS)
+
+
+def read_dataset(
+    source: str | Path | Dataset | DatasetDict,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    token: str | bool | None = None,
+) -> Dataset:
+    """Read training or evaluation rows; every cell is checked to be a text, or a number in the label column.
+
+    Args:
+        source: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), a data set, or a Hub name: `owner/name`, or
+            `owner/name:config` where a data set has several configurations.
+        columns: `{their_name: role}`; other columns are left out. Without it every column must say its role by its
+            name (`embtune.data.columns.ALIASES`).
+        split: which split of a Hub data set or `DatasetDict`; the Hub takes `train[:10%]` too.
+        limit: read the first `limit` rows only; later rows are not checked.
+        token: for private Hub data sets, as in `datasets.load_dataset`.
+
+    Returns:
+        Columns named by role, in canonical order (`embtune.data.columns`). Labels are int64 or float64.
+
+    Raises:
+        ArgumentError: an argument does not fit the source.
+        DataError: a mistake in the data; the message names file, line and column.
+    """
+    if limit is not None and limit < 1:
+        raise ArgumentError(f"limit={limit} leaves no rows; give a number from 1, or None for all.")
+    if isinstance(source, DatasetDict):
+        if split not in source:
+            raise ArgumentError(f"split={split!r}: this DatasetDict has the splits {', '.join(map(repr, source))}.")
+        return _checked(source[split], columns, limit, f"the dataset's split {split!r}")
+    if isinstance(source, Dataset):
+        _refuse_split(split, "a Dataset")
+        return _checked(source, columns, limit, "the dataset")
+    if not isinstance(source, str | Path):
+        raise ArgumentError(
+            f"Data of type {type(source).__name__} cannot be read; give a path, a datasets.Dataset or a Hub name. "
+            "Lists become a Dataset by Dataset.from_list, data frames by Dataset.from_pandas; an IterableDataset goes "
+            "to the trainer as it is."
+        )
+    path = Path(source).expanduser()
+    with reading(path):
+        found, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
+    if found:
+        _refuse_split(split, "a file")
+        if is_folder:
+            raise DataError(_about_folder(path))
+        if not is_file:
+            raise DataError(f"{path} is no regular file. Save the rows in one that ends in {_ENDINGS}.")
+        return _read_file(path, columns, limit)
+    hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
+    if hub is None or path.suffix.lower() in READERS:
+        raise DataError(_about_missing(path))
+    return _read_hub(hub["name"], hub["config"], split, columns, limit, token)
+
+
+def _refuse_split(split: str, what: str) -> None:
+    if split != "train":
+        raise ArgumentError(f"split={split!r}: {what} has no splits; leave the argument out.")
+
+
+def _read_file(path: Path, columns: Mapping[str, str] | None, limit: int | None) -> Dataset:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: the ending {path.suffix!r} does not tell the format. Give a file that ends in {_ENDINGS}."
+        )
+    return reader(path, columns, limit)
+
+
+def _read_hub(
+    name: str,
+    config: str | None,
+    split: str,
+    columns: Mapping[str, str] | None,
+    limit: int | None,
+    token: str | bool | None,
+) -> Dataset:
+    where = f"Hub data set {name}" + (f", configuration {config}" if config else "")
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, token=token)
+    except ConnectionError as error:
+        raise DataError(
+            f"{where} cannot be reached: {error}. If a file of this machine is meant, there is no {name}; "
+            "else check the network and HF_HUB_OFFLINE."
+        ) from error
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"{where}, split {split!r}: {error}. Check owner and name, the split (split=…), the configuration "
+            "(owner/name:configuration), and the token if it is private."
+        ) from error
+    return _checked(dataset, columns, limit, f"{where}, split {split!r}")
+
+
+def _checked(dataset: Dataset, columns: Mapping[str, str] | None, limit: int | None, where: str) -> Dataset:
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(range(limit))
+    roles = ColumnRoles.from_names(dataset.column_names, columns, where)
+    check_cells(dataset, roles, lambda index: f"{where}, row {index + 1} (dataset[{index}])")
+    return canonical(dataset, columns, source=where)
+
+
+def _about_folder(path: Path) -> str:
+    if (path / "corpus.jsonl").exists():
+        return f"{path} is a folder in BEIR's form, for evaluation: RetrievalData.from_beir reads it."
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return f"{path} was written by save_to_disk; load it with datasets.load_from_disk and pass the result."
+    files = _data_files(path)
+    names = f"one of its files: {', '.join(files)}" if files else f"a file that ends in {_ENDINGS}"
+    return f"{path} is a folder. Name {names}."
+
+
+def _about_missing(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{path}: there is no folder {folder}. Check the path; a Hub data set is written owner/name."
+    names = _data_files(folder)
+    near = difflib.get_close_matches(path.name, names, n=3) or names[:3]
+    hint = f"Did you mean {' or '.join(near)}?" if near else "The folder holds no data files."
+    return f"{path}: there is no such file. {hint} A Hub data set is written owner/name."
+
+
+def _data_files(folder: Path) -> list[str]:
+    with reading(folder):
+        return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS)

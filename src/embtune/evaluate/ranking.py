@@ -1,0 +1,81 @@
+"""The best documents for each query, block by block: never all similarities, nor all document embeddings, at once.
+
+Shapes: Q queries, D documents of a block, N documents kept for each query.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from sentence_transformers import SentenceTransformer
+
+from embtune.evaluate.inputs import embed
+
+SCORES_PER_BLOCK = 2**24  # 64 MiB of float32
+
+
+def rank_documents(
+    model: SentenceTransformer,
+    queries: Sequence[str],
+    documents: Sequence[str],
+    *,
+    keep: int,
+    batch_size: int,
+    chunk: int,
+    show_progress: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank `documents` for each query by the model's own similarity.
+
+    Returns scores_QN and positions_QN in `documents`, both on the CPU, best first; N is `keep` or the number of
+    documents if that is less. Equal scores rank in the order of `documents`, whatever `chunk` is.
+    """
+    with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
+        task = progress.add_task("Encoding queries and documents", total=len(queries) + len(documents))
+
+        def blocks(encode: Callable[..., torch.Tensor], texts: Sequence[str]) -> Iterator[tuple[int, torch.Tensor]]:
+            for start in range(0, len(texts), chunk):
+                block = embed(encode, texts[start : start + chunk], batch_size=batch_size)
+                progress.advance(task, len(block))
+                yield start, block
+
+        queries_QE = torch.cat([block for _, block in blocks(model.encode_query, queries)])
+        best = _nothing_yet(len(queries), min(keep, len(documents)), queries_QE.device)
+        rows = max(1, SCORES_PER_BLOCK // chunk)
+        for first, documents_DE in blocks(model.encode_document, documents):
+            for part in (slice(start, start + rows) for start in range(0, len(queries), rows)):
+                scores_QD = model.similarity(queries_QE[part], documents_DE)
+                best[0][part], best[1][part] = merge_best(best[0][part], best[1][part], scores_QD, first)
+    return best[0].cpu(), best[1].cpu()
+
+
+def _nothing_yet(queries: int, keep: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    scores_QN = torch.full((queries, keep), -torch.inf, device=device)
+    return scores_QN, torch.full((queries, keep), -1, device=device)
+
+
+def merge_best(
+    scores_QN: torch.Tensor, positions_QN: torch.Tensor, scores_QD: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best N of those kept so far and of a block of later documents, whose first one has position `first`."""
+    block_QD = torch.arange(first, first + scores_QD.shape[1], device=scores_QD.device).expand(len(scores_QD), -1)
+    scores_QM = torch.cat([scores_QN, scores_QD], dim=1)
+    positions_QM = torch.cat([positions_QN, block_QD], dim=1)
+    chosen_QN = _stable_top(scores_QM, scores_QN.shape[1])
+    return scores_QM.gather(1, chosen_QN), positions_QM.gather(1, chosen_QN)
+
+
+def _stable_top(scores_QM: torch.Tensor, keep: int) -> torch.Tensor:
+    """Columns of the `keep` highest scores, best first, equal scores by column.
+
+    `topk` chooses freely among equal scores, which would let the block size decide a metric; a stable sort of every
+    row costs several times more, so only rows that tie at the last place kept are sorted whole.
+    """
+    top = scores_QM.topk(keep, dim=1)
+    columns_QN = top.indices
+    tied_Q = (scores_QM >= top.values[:, -1:]).sum(dim=1) > keep
+    if tied_Q.any():
+        columns_QN[tied_Q] = scores_QM[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :keep]
+    columns_QN = columns_QN.sort(dim=1).values
+    order_QN = scores_QM.gather(1, columns_QN).sort(dim=1, descending=True, stable=True).indices
+    return columns_QN.gather(1, order_QN)

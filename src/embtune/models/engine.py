@@ -1,0 +1,113 @@
+"""Which engine a model runs on: the packed one where its architecture is proven there, else the reference."""
+
+from dataclasses import dataclass
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import nn
+
+from embtune.errors import ArgumentError
+from embtune.models.families import Family, family_of, unwrapped
+from embtune.models.modules import transformer_modules
+from embtune.models.swaps import has_swaps, swap_attention, undo_swaps
+from embtune.packing import attention
+
+ENGINES = ("auto", "packed", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The engine of one model, and how its rows are laid out."""
+
+    name: str
+    """`packed` or `reference`."""
+    reason: str
+    """Why this one, as `explain()` prints it."""
+    padding_id: int | None = None
+    """Where positions count from the padding index (RoBERTa, MPNet): that index."""
+    mask_value: float = 0
+    """1 for models that multiply embeddings by their mask."""
+
+    def packs(self, backbone: nn.Module) -> bool:
+        """Whether batches become flat rows: not once somebody has given the backbone another attention again."""
+        if self.name != "packed":
+            return False
+        bare = unwrapped(backbone)
+        return bare.config._attn_implementation == attention.ATTENTION or has_swaps(bare)
+
+
+def choose_engine(requested: str, model: SentenceTransformer, attn_implementation: str | None = None) -> Engine:
+    """Settle the engine and ready the model's modules for it.
+
+    Args:
+        requested: one of `ENGINES`.
+        attn_implementation: what the user asked of transformers; anything named there stays, on the reference engine.
+
+    Raises:
+        ArgumentError: `requested` is unknown, or is "packed" for a model that cannot be packed; the message says why.
+    """
+    if requested not in ENGINES:
+        raise ArgumentError(f"engine={requested!r} is not known; use one of {', '.join(ENGINES)}.")
+    if requested == "reference":
+        return switch_to_reference(model)
+    obstacle = _obstacle(model, attn_implementation)
+    if obstacle is None:
+        return _switch_to_packed(transformer_modules(model)[0])
+    if requested == "packed":
+        raise ArgumentError(f'engine="packed" cannot serve this model: {obstacle}. Use engine="auto" or "reference".')
+    return Engine(name="reference", reason=f"padded batches, because {obstacle}")
+
+
+def switch_to_reference(model: SentenceTransformer, reason: str = "as asked") -> Engine:
+    """Undo what the packed engine changed on the model's instances."""
+    for transformer in transformer_modules(model):
+        backbone = unwrapped(transformer.model)
+        undo_swaps(backbone)
+        if backbone.config._attn_implementation == attention.ATTENTION:
+            backbone.set_attn_implementation("sdpa")
+    return Engine(name="reference", reason=f"{reason}: padded batches and PEFT's own forward")
+
+
+def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> str | None:
+    """What keeps a model from being packed, or None."""
+    if len(transformer_modules(model)) != 1 or not isinstance(model[0], Transformer):
+        return "it does not begin with a single Transformer module"
+    if attn_implementation is not None:
+        return f"attn_implementation={attn_implementation!r} was asked for"
+    config = model[0].config
+    family = family_of(config)
+    if family is None or family.packing is None:
+        return f"{config.model_type} is not among the architectures proven on packed rows"
+    if _rope_type(config) == "dynamic":
+        return "its rotary embeddings depend on the longest text of a batch"
+    if getattr(config, "conv_kernel_size", 0):
+        return "its convolution reads across texts"
+    if set(model[0].modality_config) != {"text"} or model[0].modality_config["text"]["method"] != "forward":
+        return "it takes more than plain text"
+    return None
+
+
+def _rope_type(config: object) -> str | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_type")
+
+
+def _switch_to_packed(transformer: Transformer) -> Engine:
+    backbone = unwrapped(transformer.model)
+    family = family_of(backbone.config)
+    assert family is not None
+    if family.packing == "swap":
+        swap_attention(backbone)
+    else:
+        attention.register()
+        backbone.set_attn_implementation(attention.ATTENTION)
+    return Engine(
+        name="packed",
+        reason="one flat row of real tokens, no padding",
+        padding_id=_padding_id(backbone, family),
+        mask_value=family.mask_value,
+    )
+
+
+def _padding_id(backbone: nn.Module, family: Family) -> int | None:
+    return backbone.embeddings.padding_idx if family.positions_after_padding else None

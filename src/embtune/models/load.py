@@ -1,0 +1,378 @@
+"""Loading: sentence-transformers folders module by module, bare checkpoints, and adapter folders onto their base."""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.util import import_from_string, load_file_path
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
+
+from embtune.errors import ArgumentError, EmbtuneError, ModelError
+from embtune.files import read_json
+from embtune.models.families import family_of
+from embtune.models.heads import keep_heads_in_float32
+from embtune.models.modules import pooling_modules, transformer_modules
+
+POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+# A text model's forward, said outright: left to itself, sentence-transformers may infer a chat template from the
+# tokenizer and then feeds every text through it, which changes the embeddings.
+_TEXT_ONLY: dict[str, Any] = {
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint comes from; the names are those of `from_pretrained`."""
+
+    name: str
+    """Folder, or `owner/name` on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    token: str | bool | None = None
+    """Access token of the Hub."""
+    cache_dir: str | None = None
+    """Folder for downloads; None is the Hub client's own."""
+    local_files_only: bool = False
+    """Never reach for the network."""
+    trust_remote_code: bool = False
+    """Run model code that the repository brings."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not str(self.name).strip():
+            raise ArgumentError("model_name is empty; give a folder or a Hub name such as owner/model.")
+        path = Path(self.name)
+        if path.is_file():
+            raise ModelError(f"{self.name} is a file; give the folder that holds the model.")
+        looks_local = os.sep in self.name and (
+            path.is_absolute() or self.name.startswith(".") or self.name.count("/") > 1
+        )
+        if looks_local and not path.is_dir():
+            raise ModelError(f"{self.name}: there is no such folder. Check the path, or give a Hub name (owner/model).")
+
+    def renamed(self, name: str) -> "Source":
+        """The base that an adapter names: of its own repository, where the adapter's revision means nothing."""
+        return replace(self, name=name, revision=None)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """The keywords that transformers' loaders share."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def find(self, filename: str) -> str | None:
+        """The local path of one file of the checkpoint, or None if it has none of that name."""
+        return load_file_path(
+            self.name,
+            filename,
+            token=self.token,
+            cache_folder=self.cache_dir,
+            revision=self.revision,
+            local_files_only=self.local_files_only,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a checkpoint is loaded, once every argument has been checked."""
+
+    dtype: torch.dtype
+    """Dtype of the base weights."""
+    device: torch.device
+    """Where the model is placed."""
+    max_seq_length: int | None = None
+    """Longest text in tokens; None is the checkpoint's own."""
+    pooling_mode: str | None = None
+    """One of `POOLING_MODES`; None is the checkpoint's own, for a bare one its family's."""
+    quantization: Any = None
+    """A transformers quantization config, or None."""
+    attn_implementation: str | None = None
+    """transformers' name of an attention implementation; None is its default."""
+    truncate_dim: int | None = None
+    """Embeddings are cut to this many dimensions."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further keywords for the backbone's `from_pretrained`."""
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further keywords for the tokenizer's `from_pretrained`."""
+
+    def __post_init__(self) -> None:
+        if self.pooling_mode is not None and self.pooling_mode not in POOLING_MODES:
+            raise ArgumentError(f"pooling_mode={self.pooling_mode!r} is not known; use {', '.join(POOLING_MODES)}.")
+        if self.max_seq_length is not None and (not isinstance(self.max_seq_length, int) or self.max_seq_length < 1):
+            raise ArgumentError(f"max_seq_length={self.max_seq_length!r}: give a number of tokens from 1 up, or None.")
+        if self.truncate_dim is not None and (not isinstance(self.truncate_dim, int) or self.truncate_dim < 1):
+            raise ArgumentError(f"truncate_dim={self.truncate_dim!r}: give a number of dimensions from 1 up, or None.")
+        named = {"dtype": "dtype", "torch_dtype": "dtype", "quantization_config": "load_in_4bit or load_in_8bit"}
+        for key in self.model_kwargs:
+            if key in named or (key == "attn_implementation" and self.attn_implementation):
+                raise ArgumentError(f"model_kwargs[{key!r}]: use the argument {named.get(key, key)} instead.")
+
+    @property
+    def backbone_kwargs(self) -> dict[str, Any]:
+        """Keywords for the backbone's `from_pretrained`."""
+        kwargs = {"dtype": self.dtype, **self.model_kwargs}
+        if self.quantization is not None:
+            kwargs["quantization_config"] = self.quantization
+            # A quantised model cannot be moved afterwards on every backend: it is loaded where it will stay.
+            kwargs["device_map"] = {"": self.device}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        return kwargs
+
+
+def load_sentence_transformer(
+    cls: type[SentenceTransformer], source: Source, settings: Settings
+) -> SentenceTransformer:
+    """Load a folder or Hub repository of any of the three kinds; an adapter is *not* attached yet.
+
+    Raises:
+        ModelError: nothing loadable is found there; the message carries the cause.
+    """
+    with _explained(source):
+        if source.find("modules.json") is not None:
+            model = _load_modules(cls, source, settings)
+        else:
+            model = _load_bare(cls, source, settings)
+    model.truncate_dim = settings.truncate_dim
+    for transformer in transformer_modules(model):
+        _refuse_joined_matrices(transformer.config, settings)
+        remember_checkpoint(transformer.model, transformer.config)
+    keep_heads_in_float32(model)
+    return model
+
+
+def _load_modules(cls: type[SentenceTransformer], source: Source, settings: Settings) -> SentenceTransformer:
+    model = cls(
+        source.name,
+        device=str(settings.device),
+        cache_folder=source.cache_dir,
+        revision=source.revision,
+        token=source.token,
+        local_files_only=source.local_files_only,
+        trust_remote_code=source.trust_remote_code,
+        model_kwargs=settings.backbone_kwargs,
+        processor_kwargs=dict(settings.processor_kwargs),
+    )
+    if settings.pooling_mode is not None:
+        poolings = pooling_modules(model)
+        if len(poolings) != 1:
+            raise ArgumentError(
+                f"pooling_mode: this model has {len(poolings)} Pooling modules; it must have one to be set."
+            )
+        if isinstance(poolings[0].pooling_mode, tuple):
+            raise ArgumentError("pooling_mode: this model concatenates several modes; one alone changes its dimension.")
+        poolings[0].pooling_mode = settings.pooling_mode
+    return model
+
+
+def _load_bare(cls: type[SentenceTransformer], source: Source, settings: Settings) -> SentenceTransformer:
+    """Transformer, Pooling, Normalize: what an embedding model is made of when the checkpoint names no modules."""
+    transformer = Transformer(
+        source.name,
+        model_kwargs={**source.hub, **settings.backbone_kwargs},
+        processor_kwargs={**source.hub, **settings.processor_kwargs},
+        config_kwargs=source.hub,
+        **_TEXT_ONLY,
+    )
+    return cls(modules=sentence_modules(transformer, settings.pooling_mode), device=str(settings.device))
+
+
+def sentence_modules(transformer: Transformer, pooling_mode: str | None) -> list[nn.Module]:
+    """A Transformer module with pooling (None: its family's own mode, else the mean) and normalisation behind it."""
+    family = family_of(transformer.config)
+    mode = pooling_mode or (family.pooling if family else "mean")
+    return [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=mode), Normalize()]
+
+
+def wrap_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, base: str) -> Transformer:
+    """A genuine Transformer module around a backbone that is in memory already; `base` gives its config only."""
+    # The skeleton on the meta device costs no memory; its weights are never read.
+    with torch.random.fork_rng(devices=[]):
+        transformer = Transformer(base, model_kwargs={"device_map": "meta"}, **_TEXT_ONLY)
+    transformer.model = backbone
+    transformer.processor = tokenizer
+    return transformer
+
+
+def load_backbone(
+    source: Source, settings: Settings, auto_model: Any = None, add_pooling_layer: bool | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A bare encoder of the class `auto_model` and its tokenizer; `add_pooling_layer` is dropped where unknown.
+
+    Raises:
+        ArgumentError: `auto_model` is no class with `from_pretrained`.
+        ModelError: nothing loadable is found.
+    """
+    auto_model = auto_model or AutoModel
+    if not hasattr(auto_model, "from_pretrained"):
+        raise ArgumentError(
+            f"auto_model={auto_model!r}: give a transformers model class such as BertModel or AutoModel."
+        )
+    with _explained(source):
+        kwargs = {**source.hub, **settings.backbone_kwargs}
+        config = AutoConfig.from_pretrained(source.name, **source.hub)
+        if add_pooling_layer is not None and _takes(auto_model, config, "add_pooling_layer"):
+            kwargs["add_pooling_layer"] = add_pooling_layer
+        backbone = auto_model.from_pretrained(source.name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **{**source.hub, **settings.processor_kwargs})
+    _refuse_joined_matrices(config, settings)
+    if settings.quantization is None:
+        backbone.to(settings.device)
+    if hasattr(backbone.config, "use_cache"):
+        backbone.config.use_cache = False
+    remember_checkpoint(backbone, config)
+    return backbone, tokenizer
+
+
+def _refuse_joined_matrices(config: PretrainedConfig, settings: Settings) -> None:
+    # transformers then puts the whole matrix into one of the three layers and random numbers into the others.
+    family = family_of(config)
+    if isinstance(settings.quantization, TorchAoConfig) and family is not None and family.joined_matrices:
+        raise ArgumentError(
+            f"load_in_8bit: transformers cannot take apart the joined matrices of a {config.model_type} checkpoint "
+            "while it quantises them. Use load_in_4bit, or neither."
+        )
+
+
+def _takes(auto_model: Any, config: PretrainedConfig, argument: str) -> bool:
+    mapping = getattr(auto_model, "_model_mapping", None)
+    cls = mapping[type(config)] if mapping is not None and type(config) in mapping else auto_model
+    return inspect.isclass(cls) and argument in inspect.signature(cls.__init__).parameters
+
+
+def remember_checkpoint(backbone: nn.Module, config: PretrainedConfig) -> None:
+    """Note on the instance what the checkpoint was, before anything is changed: saves and merges return to it."""
+    dtype = getattr(config, "dtype", None)
+    stored = _stored_dtype(config) or (dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    backbone.checkpoint_dtype = stored
+    backbone.checkpoint_vocabulary = backbone.get_input_embeddings().num_embeddings
+
+
+def _stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype that the checkpoint's own config.json names; the loaded config names the one it was loaded in."""
+    path = Path(config._name_or_path) / "config.json" if config._name_or_path else None
+    if path is None or not path.is_file():
+        return None
+    written = read_json(path)
+    name = written.get("dtype") or written.get("torch_dtype")
+    return getattr(torch, name, None) if isinstance(name, str) else None
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The longest text in tokens that the model's positions allow, or None where they set no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    family = family_of(config)
+    if family is None or not family.positions_after_padding:
+        return positions
+    # MPNet's module fixes its padding index at 1, whatever the config says.
+    return positions - 2 if config.model_type == "mpnet" else positions - config.pad_token_id - 1
+
+
+def adapter_base(source: Source) -> str | None:
+    """The base that an adapter folder names, or None if the checkpoint is no adapter.
+
+    Raises:
+        ModelError: the adapter names no base model.
+    """
+    with _explained(source):
+        path = source.find("adapter_config.json")
+    if path is None:
+        return None
+    base = read_json(path).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{path} names no base model; add base_model_name_or_path to it.")
+    return base
+
+
+def local_folder(source: Source) -> Path:
+    """The checkpoint as a local folder, downloaded from the Hub where it is not one."""
+    if Path(source.name).is_dir():
+        return Path(source.name)
+    with _explained(source):
+        folder = snapshot_download(
+            source.name,
+            revision=source.revision,
+            token=source.token,
+            cache_dir=source.cache_dir,
+            local_files_only=source.local_files_only,
+        )
+    return Path(folder)
+
+
+def saved_tokenizer(folder: Path, backbone: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside an adapter, with the backbone's embeddings grown to the tokens it added; or None."""
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+        # The rows are read from the adapter file next; averaging the old ones to fill them would be wasted.
+        backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return tokenizer
+
+
+def replace_saved_modules(model: SentenceTransformer, folder: Path) -> None:
+    """Give `model`, loaded from an adapter's base, the tokenizer and the heads that were saved beside the adapter."""
+    for transformer in transformer_modules(model):
+        transformer.processor = saved_tokenizer(folder, transformer.model) or transformer.processor
+    if not (folder / "modules.json").exists():
+        return
+    entries = read_json(folder / "modules.json")
+    for entry in entries[1:]:
+        module_class = import_from_string(entry["type"])
+        model.add_module(entry["name"], module_class.load(str(folder), subfolder=entry["path"]).to(model.device))
+    for name in [name for name, _ in model.named_children()][len(entries) :]:
+        delattr(model, name)
+    settings = read_json(folder / "config_sentence_transformers.json")
+    model.prompts.update(settings.get("prompts") or {})
+    model.default_prompt_name = settings.get("default_prompt_name")
+    if settings.get("similarity_fn_name"):
+        model.similarity_fn_name = settings["similarity_fn_name"]
+    keep_heads_in_float32(model)
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turn the loaders' many ways to say "not there" into one `ModelError` that names the checkpoint."""
+    try:
+        yield
+    except EmbtuneError:
+        raise
+    except TypeError as error:
+        _, found, argument = str(error).partition("unexpected keyword argument ")
+        if not found:
+            raise
+        raise ArgumentError(f"model_kwargs[{argument}]: {source.name} takes no such argument.") from error
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        where = "folder" if Path(source.name).is_dir() else "Hub repository"
+        raise ModelError(
+            f"The model {source.name} could not be loaded from this {where}: {first_line} "
+            "Check the name, and for a private model the token; offline, give the path of a local folder."
+        ) from error

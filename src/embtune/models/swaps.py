@@ -1,0 +1,137 @@
+"""Architectures whose attention has no interface: on the instance, modules become subclasses that know a packed row.
+
+Every swap is `module.__class__ = Subclass`, so parameters, names, deep copies, pickles, PEFT and gradient checkpointing
+stay as they were, and assigning the original class undoes it. A batch without a `PackedMask` takes the original way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder, DisentangledSelfAttention
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+from embtune.packing.attention import attend_groups, take
+from embtune.packing.layout import PackedMask
+
+
+class PackedMPNetSelfAttention(MPNetSelfAttention):
+    """Adds MPNet's relative bias to the scores of each group of texts."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        output_attentions: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, ...]:
+        if not isinstance(attention_mask, PackedMask):
+            return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **others)
+        shape = (-1, self.num_attention_heads, self.attention_head_size)
+        q_THD, k_THD, v_THD = (project(hidden_states[0]).view(shape) for project in (self.q, self.k, self.v))
+        dropout = self.dropout.p if self.training else 0.0
+        # The bias is an embedding in the weights' dtype; under autocast the states may have another.
+        bias_HLL = None if position_bias is None else position_bias[0].to(q_THD.dtype)
+        out_THD = attend_groups(
+            q_THD, k_THD, v_THD, attention_mask.packing, dropout, None, False, None, bias_HLL=bias_HLL
+        )
+        return (self.o(out_THD.flatten(1)).unsqueeze(0),)
+
+
+class PackedMPNetEncoder(MPNetEncoder):
+    """Computes the relative bias for the longest text, where the original would for the whole row: [H, T, T]."""
+
+    _longest: int | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._longest = attention_mask.packing.max_length if isinstance(attention_mask, PackedMask) else None
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().compute_position_bias(x[:, : self._longest], *args, **kwargs)
+
+
+class PackedDisentangledSelfAttention(DisentangledSelfAttention):
+    """Runs DeBERTa's own attention on each group of texts, padded side by side."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(attention_mask, PackedMask):
+            return super().forward(
+                hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+            )
+        packing = attention_mask.packing
+        states_TC = hidden_states[0]
+        states_SC = states_TC.new_zeros(packing.slots, states_TC.shape[1])
+        states_SC = states_SC.index_copy(0, packing.slot_of_token, states_TC)
+        parts = []
+        for group in packing.groups:
+            n, length = group.count, group.length
+            real = (
+                torch.ones(n, 1, 1, length, device=states_TC.device, dtype=torch.bool)
+                if group.real is None
+                else group.real
+            )
+            near = None if relative_pos is None else relative_pos[:, :length, :length]
+            states_nLC = states_SC[group.start : group.start + n * length].view(n, length, -1)
+            out_nLC, _ = super().forward(
+                states_nLC,
+                (real & real.transpose(-1, -2)).long(),
+                relative_pos=near,
+                rel_embeddings=rel_embeddings,
+            )
+            parts.append(out_nLC.flatten(0, 1))
+        return take(torch.cat(parts), packing.slot_of_token).unsqueeze(0), None
+
+
+class PackedDebertaV2Encoder(DebertaV2Encoder):
+    """Computes relative positions for the longest text, where the original would for the whole row: [T, T]."""
+
+    _longest: int | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._longest = attention_mask.packing.max_length if isinstance(attention_mask, PackedMask) else None
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def get_rel_pos(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().get_rel_pos(hidden_states[:, : self._longest], *args, **kwargs)
+
+
+_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    MPNetSelfAttention: PackedMPNetSelfAttention,
+    MPNetEncoder: PackedMPNetEncoder,
+    DisentangledSelfAttention: PackedDisentangledSelfAttention,
+    DebertaV2Encoder: PackedDebertaV2Encoder,
+}
+
+
+def swap_attention(backbone: nn.Module) -> list[str]:
+    """Let a backbone without an attention interface take packed rows; returns the names of the modules changed."""
+    changed = []
+    for name, module in backbone.named_modules():
+        subclass = _SWAPS.get(type(module))
+        if subclass is not None:
+            module.__class__ = subclass
+            changed.append(name)
+    return changed
+
+
+def has_swaps(backbone: nn.Module) -> bool:
+    """Whether the attention of this backbone has been swapped."""
+    return any(type(module) in _SWAPS.values() for module in backbone.modules())
+
+
+def undo_swaps(backbone: nn.Module) -> None:
+    """Give every swapped module its own class back."""
+    originals = {subclass: original for original, subclass in _SWAPS.items()}
+    for module in backbone.modules():
+        if type(module) in originals:
+            module.__class__ = originals[type(module)]

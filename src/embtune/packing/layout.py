@@ -1,0 +1,143 @@
+"""The flat row: where each text begins, and the groups of similar length in which plain SDPA attends over it.
+
+Shapes: N texts, T real tokens in all, S slots of the padded groups (S ≥ T), L the longest text of a group.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# A text joins a group if it is at least this share of the group's longest: at most a quarter of a group is padding.
+_SIMILAR = 0.75
+# …or if it is shorter by no more than this: below it another kernel launch costs more than the padding.
+_SLACK = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of similar length, side by side in the slots `start : start + count * length`."""
+
+    start: int
+    """First slot."""
+    count: int
+    """Number of texts, n."""
+    length: int
+    """Length of the longest, L; each text has this many slots."""
+    real: Tensor | None
+    """[n, 1, 1, L] bool: which slots hold tokens; None where all do."""
+
+
+@dataclass(eq=False)
+class Packing:
+    """Where the texts of one flat row begin and end."""
+
+    lengths: list[int]
+    """Tokens of each text, N numbers, each at least 1."""
+    device: torch.device
+    """Where the index tensors live."""
+    _masks: dict[tuple[int, int | None, bool], Tensor | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """T, all real tokens."""
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        return max(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[N + 1] int32: text i is the tokens `cu_seqlens[i] : cu_seqlens[i + 1]`."""
+        ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(self.device)
+
+    @cached_property
+    def text_of_token(self) -> Tensor:
+        """[T] int64: the index of the text that each token belongs to."""
+        lengths = torch.tensor(self.lengths)
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), lengths).to(self.device)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The texts by falling length, cut into groups of similar length."""
+        groups, start = [], 0
+        for members in self._members:
+            lengths = torch.tensor([self.lengths[text] for text in members])
+            longest = int(lengths[0])
+            real = None
+            if int(lengths[-1]) < longest:
+                real = (torch.arange(longest) < lengths[:, None])[:, None, None, :].to(self.device)
+            groups.append(Group(start, len(members), longest, real))
+            start += len(members) * longest
+        return groups
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
+        members: list[list[int]] = []
+        for text in order:
+            longest = self.lengths[members[-1][0]] if members else 0
+            length = self.lengths[text]
+            if members and (length >= _SIMILAR * longest or longest - length <= _SLACK):
+                members[-1].append(text)
+            else:
+                members.append([text])
+        return members
+
+    @cached_property
+    def slots(self) -> int:
+        """S, the slots of all groups together."""
+        return sum(group.count * group.length for group in self.groups)
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """[T] int64, no slot twice: where each token of the row stands in the groups."""
+        starts = self.cu_seqlens.tolist()
+        slot = torch.empty(self.tokens, dtype=torch.int64)
+        for group, members in zip(self.groups, self._members, strict=True):
+            for row, text in enumerate(members):
+                first = group.start + row * group.length
+                slot[starts[text] : starts[text + 1]] = torch.arange(first, first + self.lengths[text])
+        return slot.to(self.device)
+
+    def allowed(self, index: int, window: int | None, causal: bool) -> Tensor | None:
+        """[n or 1, 1, L or 1, L] bool: which keys each query of group `index` may read; None where it may read all.
+
+        A sliding window of w lets i read j iff |i - j| < w, transformers' convention.
+        """
+        key = (index, window, causal)
+        if key not in self._masks:
+            group = self.groups[index]
+            mask = group.real
+            if causal or (window is not None and window < group.length):
+                position = torch.arange(group.length, device=self.device)
+                distance = position[:, None] - position[None, :]
+                near = distance.abs() < (window or group.length)
+                if causal:
+                    near &= distance >= 0
+                # A query of padding whose window holds no token would read nothing, which is NaN: let it read itself.
+                mask = near[None, None] if mask is None else (mask & near) | (distance == 0)
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+class PackedMask(Tensor):
+    """What a packed row brings in the place of an attention mask: a single number that carries the packing.
+
+    A 4-D mask passes through every transformers model untouched to its attention. The number is 0, which changes
+    nothing where it is added to scores, or 1 for the models that multiply embeddings by their mask. Travelling as an
+    argument it survives gradient checkpointing, where anything kept aside would be gone when layers are computed again.
+    """
+
+    packing: Packing
+
+    @classmethod
+    def of(cls, packing: Packing, dtype: torch.dtype, value: float = 0) -> "PackedMask":
+        """The mask of one packed row; `dtype` is the backbone's."""
+        mask = torch.full((1, 1, 1, 1), value, dtype=dtype, device=packing.device).as_subclass(cls)
+        mask.packing = packing
+        return mask

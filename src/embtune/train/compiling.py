@@ -1,0 +1,101 @@
+"""The compile decision of a run: taken once, printed, stored in every checkpoint, kept on resume."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from embtune.accelerate.breakeven import CompileDecision, decide
+from embtune.accelerate.compiling import compile_layers, layer_parameters, uncompile_layers
+from embtune.files import read_json
+from embtune.models.checkpointing import describe_gradient_checkpointing
+from embtune.models.families import encoder_layers
+from embtune.models.modules import transformer_modules
+
+if TYPE_CHECKING:
+    from embtune.train.trainer import SentenceTransformerTrainer
+
+
+# Rows that are tokenised to estimate the tokens of a step: enough for the mean, too few to be felt.
+_SAMPLE = 128
+# Where the data is a stream, its lengths are not known: a short query with a paragraph.
+_UNKNOWN_TOKENS_PER_ROW = 160
+
+
+class CompileCallback(TrainerCallback, ExportableState):
+    """Holds the decision, so that the Trainer stores it with its own state."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.decision: CompileDecision | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; called by the Trainer."""
+        decision = self.decision.to_dict() if self.decision else None
+        return {"args": {"mode": self.mode}, "attributes": {"decision": decision}}
+
+    def prepare(self, trainer: "SentenceTransformerTrainer", checkpoint: Path | None) -> None:
+        """Decide, or take over a checkpoint's decision; print it; compile the encoder layers or leave them."""
+        self.decision = _stored(checkpoint) or self._decide(trainer)
+        print(f"compile: {self.decision.reason}", flush=True)
+        for transformer in transformer_modules(trainer.model):
+            if self.decision.compile:
+                compile_layers(transformer.model)
+            else:
+                uncompile_layers(transformer.model)
+
+    def _decide(self, trainer: "SentenceTransformerTrainer") -> CompileDecision:
+        model = trainer.model
+        backbones = [transformer.model for transformer in transformer_modules(model)]
+        return decide(
+            self.mode,
+            steps_left=steps_of_run(trainer),
+            device=model.device.type,
+            packed=getattr(model, "packs", False),
+            parameters=sum(layer_parameters(backbone) for backbone in backbones),
+            tokens_per_step=tokens_per_step(trainer),
+            trainable="full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
+            checkpointing=any(describe_gradient_checkpointing(backbone) != "off" for backbone in backbones),
+            dtype=model.dtype,
+            dropout=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
+            layers=sum(len(encoder_layers(backbone)) for backbone in backbones),
+            threads=torch.get_num_threads(),
+        )
+
+
+def steps_of_run(trainer: "SentenceTransformerTrainer") -> int:
+    """Optimizer steps of the whole run, whether it was given in steps or in epochs."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    data = trainer.train_dataset
+    rows = sum(len(part) for part in data.values()) if isinstance(data, DatasetDict) else len(data)
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step))
+
+
+def tokens_per_step(trainer: "SentenceTransformerTrainer") -> int:
+    """Tokens that the encoder sees in one optimizer step on one device, estimated from the first rows."""
+    args, data = trainer.args, trainer.train_dataset
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    part = next(iter(data.values())) if isinstance(data, DatasetDict) else data
+    if not isinstance(part, Dataset):
+        return rows_per_step * _UNKNOWN_TOKENS_PER_ROW
+    sample = part[: min(_SAMPLE, args.train_batch_size, len(part))]
+    texts = [column for column in sample.values() if column and isinstance(column[0], str)]
+    tokens = sum(trainer.model.preprocess(column)["input_ids"].numel() for column in texts)
+    return round(rows_per_step * tokens / max(1, len(next(iter(sample.values())))))
+
+
+def _stored(checkpoint: Path | None) -> CompileDecision | None:
+    if checkpoint is None:
+        return None
+    callbacks = read_json(checkpoint / TRAINER_STATE_NAME).get("stateful_callbacks", {})
+    stored = callbacks.get(CompileCallback.__name__)
+    decision = stored and stored["attributes"].get("decision")
+    return CompileDecision.from_dict(decision) if decision else None

@@ -1,0 +1,125 @@
+"""Findings about rows that are each in order."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+
+from embtune.data.checks import check_training_data, warn_about_accumulation
+from embtune.data.retrieval import RetrievalData
+from embtune.errors import DataError, EmbtuneWarning
+
+
+def pairs(*rows: tuple[str, str]) -> Dataset:
+    return Dataset.from_list([{"anchor": anchor, "positive": positive} for anchor, positive in rows])
+
+
+def findings(train: Dataset, evaluation: Dataset | RetrievalData | None = None) -> list[str]:
+    with pytest.warns(EmbtuneWarning) as caught:
+        returned = check_training_data(train, evaluation)
+    assert returned == [str(warning.message) for warning in caught]
+    assert all(warning.filename == __file__ for warning in caught)
+    return returned
+
+
+CLEAN = pairs(("a", "1"), ("b", "2"), ("c", "3"))
+
+
+def test_clean_data_has_no_findings() -> None:
+    assert check_training_data(CLEAN, pairs(("d", "4")), batch_size=3) == []
+
+
+def test_fewer_rows_than_a_batch() -> None:
+    with pytest.raises(DataError, match=r"3 rows, but a batch holds 4.*at most 3"):
+        check_training_data(CLEAN, batch_size=4)
+
+
+def test_cells_that_are_no_text() -> None:
+    with pytest.raises(DataError, match=r"the training data, row 2 \(dataset\[1\]\), column 'anchor' is empty"):
+        check_training_data(Dataset.from_dict({"query": ["a", None], "answer": ["b", "c"]}))
+    with pytest.raises(DataError, match=r"the evaluation data, row 1 .*column 'positive' is the number 3"):
+        check_training_data(CLEAN, Dataset.from_dict({"query": ["a"], "answer": [3]}))
+
+
+def test_duplicate_rows() -> None:
+    (finding,) = findings(pairs(("a", "1"), ("b", "2"), ("a", "1"), ("a", "3"), ("a", "1")))
+    assert "2 of 5 training rows" in finding
+    assert "row 3 is row 1, row 5 is row 1" in finding
+    assert "its own negative" in finding
+    labelled = Dataset.from_dict({"text": ["a", "a", "a"], "label": [0, 1, 0]})
+    (finding,) = findings(labelled)
+    assert "1 of 3" in finding
+    assert "row 3 is row 1" in finding
+    assert "negative" not in finding
+
+
+def test_many_duplicates_are_counted_but_few_are_shown() -> None:
+    (finding,) = findings(pairs(*[("a", "1")] * 2_500))
+    assert "2499 of 2500" in finding
+    assert finding.count("is row 1") == 3
+
+
+def test_pairs_that_teach_nothing() -> None:
+    data = Dataset.from_dict(
+        {"query": ["Same  Text", "b"], "answer": ["same text", "c"], "neg": ["x", "y"], "neg2": ["x", " C "]}
+    )
+    anchor, negative = findings(data)
+    assert "1 of 2" in anchor
+    assert "anchor and positive are the same text (row 1)" in anchor
+    assert "positive and negative_2 are the same text (row 2)" in negative
+
+
+@pytest.mark.parametrize(
+    "evaluation_text", ["How  do I\nsort?", "HOW DO I SORT?", "Ｈow do I sort?", " How do I sort? "]
+)
+def test_evaluation_texts_seen_in_training(evaluation_text: str) -> None:
+    train = pairs(("How do I sort?", "sorted(x)"), ("b", "2"))
+    (finding,) = findings(train, pairs(("new", "4"), (evaluation_text, "5")))
+    assert "1 of 2 evaluation rows have as anchor" in finding
+    assert "row 2" in finding
+    assert repr(evaluation_text) in finding
+    queries = RetrievalData({"x": "new", "y": evaluation_text}, {"d": "sorted(x)"}, {"x": {"d"}, "y": {"d"}})
+    (finding,) = findings(train, queries)
+    assert "1 of 2 evaluation rows have as query" in finding
+    assert check_training_data(train, pairs(("How do I sort", "x"))) == []
+
+
+def test_long_texts_are_shortened() -> None:
+    (finding,) = findings(pairs(("a" * 500, "1")), pairs(("a" * 500, "9")))
+    assert "a" * 59 + "…" in finding
+    assert "a" * 60 not in finding
+
+
+@pytest.fixture(scope="module")
+def model(minilm_dir: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(minilm_dir), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("MultipleNegativesRankingLoss", "use CachedMultipleNegativesRankingLoss"),
+        ("GISTEmbedLoss", "use CachedMultipleNegativesRankingLoss"),
+        ("MegaBatchMarginLoss", "use CachedMultipleNegativesRankingLoss"),
+        ("CachedMultipleNegativesRankingLoss", "Raise per_device_train_batch_size"),
+        ("CachedGISTEmbedLoss", "Raise per_device_train_batch_size"),
+    ],
+)
+def test_accumulation_does_not_enlarge_a_contrastive_batch(model: SentenceTransformer, name: str, remedy: str) -> None:
+    guide = (model,) if "GIST" in name else ()
+    loss = getattr(losses, name)(model, *guide)
+    with pytest.warns(EmbtuneWarning, match=rf"gradient_accumulation_steps=4 does not enlarge.*{name}.*{remedy}"):
+        warn_about_accumulation(4, loss)
+    with pytest.warns(EmbtuneWarning, match=name):
+        warn_about_accumulation(2, {"pairs": losses.MatryoshkaLoss(model, loss, [384, 64])})
+
+
+def test_accumulation_is_fine_otherwise(model: SentenceTransformer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_about_accumulation(1, losses.MultipleNegativesRankingLoss(model))
+        warn_about_accumulation(8, losses.CoSENTLoss(model))
+        warn_about_accumulation(8, {"sts": losses.CosineSimilarityLoss(model)})
