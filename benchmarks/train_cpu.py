@@ -8,6 +8,7 @@ r=16 on the same layers, and the checkpoint's own dropout. A row is appended to 
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -102,7 +103,7 @@ def train(variant: str, steps: int, data: str | None) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         trainer.train()
-    seconds = [late - early for early, late in zip(stamps[1:], stamps[2:], strict=False)]
+    seconds = [late - early for early, late in itertools.pairwise(stamps[1:])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     begun = time.perf_counter()
     documents = list(held_out.corpus.values())

@@ -25,6 +25,7 @@ from embtune.models import load
 from embtune.models.arguments import LoadNotes, Weights, choose_weights, clamp_length, refuse_unknown
 from embtune.models.checkpointing import enable_gradient_checkpointing
 from embtune.models.engine import Engine, choose_engine
+from embtune.models.heads import keep_heads_in_float32
 from embtune.models.modules import transformer_modules
 from embtune.packing.columns import is_precomputed
 from embtune.packing.flatten import ROW_ONLY, can_flatten, flatten, unflatten
@@ -181,31 +182,25 @@ class FastSentenceTransformer(SentenceTransformer):
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """As SentenceTransformer's: features in, `sentence_embedding` [texts, dimensions] added, in float32.
 
-        On the packed engine padded features are computed as one flat row and come back padded. The embedding is
-        float32 on every engine: a half-precision one would hand the loss scores with 8 bits of mantissa, and at the
-        usual scale of 20 a cosine near 0.7 would be off by 0.04 in the softmax.
+        On the packed engine padded features are computed as one flat row and come back padded.
         """
         if is_precomputed(input):
             return dict(input)  # a copy: Matryoshka losses cut what they are given, and ask again
         if can_flatten(input) and self.packs:
-            row = self.embed_row(flatten(input, self.dtype, self.engine.padding_id, self.engine.mask_value), **kwargs)
+            flat = flatten(input, self.dtype, self.engine.padding_id, self.engine.mask_value)
+            row = super().forward(flat, **kwargs)
             real = input["attention_mask"].bool()
             row["token_embeddings"] = unflatten(row["token_embeddings"], real)
+            if "all_layer_embeddings" in row:
+                row["all_layer_embeddings"] = tuple(unflatten(states, real) for states in row["all_layer_embeddings"])
             input.update({key: value for key, value in row.items() if key not in input and key not in ROW_ONLY})
             return input
-        return self.embed_row(input, **kwargs)
+        return super().forward(input, **kwargs)
 
     @property
     def packs(self) -> bool:
         """Whether batches are computed as flat rows of real tokens."""
         return isinstance(self[0], Transformer) and self.engine.packs(self[0].model)
-
-    def embed_row(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Run the modules on features as they are, padded or a flat row, and return what they add, unpadded."""
-        features = super().forward(features, **kwargs)
-        if "sentence_embedding" in features:
-            features["sentence_embedding"] = features["sentence_embedding"].float()
-        return features
 
     def explain(self) -> Explanation:
         """What is on, what is off, and why."""
@@ -506,6 +501,7 @@ class FastModel:
         transformer = load.wrap_backbone(model, tokenizer, base)
         device = next(model.parameters()).device
         wrapped = FastSentenceTransformer(modules=load.sentence_modules(transformer, pooling_mode), device=str(device))
+        keep_heads_in_float32(wrapped)
         notes = getattr(model, "load_notes", None)
         wrapped.load_notes = notes
         asked = (notes.engine, notes.attn_implementation) if notes else ("auto", None)

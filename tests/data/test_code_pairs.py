@@ -84,8 +84,10 @@ def test_first_sentence(docstring: str, sentence: str) -> None:
 def test_standard_library_gives_thousands_of_pairs_without_leaks(stdlib: CodePairs) -> None:
     held_out = stdlib.held_out
     assert len(stdlib.train) > 2000
-    assert 400 <= len(held_out.queries) <= 500
-    assert held_out.queries.keys() == held_out.corpus.keys() == held_out.relevant.keys()
+    assert len(held_out.queries) == 500
+    assert 700 <= len(held_out.corpus) <= 1000
+    assert held_out.queries.keys() == held_out.relevant.keys() < held_out.corpus.keys()
+    assert all(held_out.relevant[name] == {name} for name in held_out.queries)
     for column, texts in ((0, held_out.queries), (1, held_out.corpus)):
         trained = {row[column] for row in stdlib.train}
         assert trained.isdisjoint(texts.values())

@@ -5,7 +5,7 @@ from torch import nn
 from embtune.models.families import encoder_layers, unwrapped
 
 
-def compile_layers(backbone: nn.Module) -> None:
+def compile_layers(backbone: nn.Module, backend: str = "inductor") -> None:
     """Compile each encoder layer in place, for batches of any length; compilation itself runs in the first steps.
 
     No wrapper is added: parameter names, class names and what is saved stay. Copies made by `deepcopy` or `pickle` are
@@ -15,13 +15,14 @@ def compile_layers(backbone: nn.Module) -> None:
 
     Args:
         backbone: a transformers model, PEFT-wrapped or not. Switch gradient checkpointing on or off before.
+        backend: of `torch.compile`; `eager` only traces, which needs no C++ compiler and gains nothing.
 
     Raises:
         ModelError: the model has no list of encoder layers.
     """
     for layer in encoder_layers(backbone):
         # With static shapes every new length would be compiled anew.
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def uncompile_layers(backbone: nn.Module) -> None:
@@ -34,6 +35,12 @@ def uncompile_layers(backbone: nn.Module) -> None:
 def layers_are_compiled(backbone: nn.Module) -> bool:
     """Whether `compile_layers` is in effect."""
     return all("_compiled_call_impl" in layer.__dict__ for layer in encoder_layers(backbone))
+
+
+def has_dropout(backbone: nn.Module) -> bool:
+    """Whether the encoder layers, adapters included, drop anything in training."""
+    modules = (module for layer in encoder_layers(backbone) for module in layer.modules())
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
 
 
 def layer_parameters(backbone: nn.Module) -> int:

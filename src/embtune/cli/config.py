@@ -143,7 +143,10 @@ class TrainConfig:
         _at_least(self, 0, "seed")
         _above_zero(self, "epochs", "learning_rate", "lora_alpha")
         if self.epochs is not None and self.max_steps is not None:
-            raise ArgumentError(f"epochs={self.epochs} and max_steps={self.max_steps} exclude each other; give one.")
+            raise ArgumentError(
+                f"epochs={self.epochs} and max_steps={self.max_steps} exclude each other; give one "
+                "(--epochs None takes back what a file says)."
+            )
         on = [name for name in ("load_in_4bit", "full_finetuning") if getattr(self, name)]
         on += ["load_in_8bit"] if self.more.load_in_8bit else []
         if len(on) > 1:
@@ -230,8 +233,8 @@ class EvaluateConfig:
     """Roles of your columns, as question=anchor answer=positive; known names need none."""
     split: Text = None
     """Split of a BEIR folder (default test) or a Hub data set (default train)."""
-    k: Count = 10
-    """Depth of the retrieval metrics."""
+    k: Number = None
+    """Depth of the retrieval metrics; without, 10."""
     batch_size: Count = 64
     """Texts encoded at a time."""
     max_seq_length: Number = None

@@ -59,7 +59,7 @@ class DemoConfig:
     learning_rate: float = 5e-4
     """Peak learning rate."""
     held_out: int = 500
-    """Largest number of functions kept aside for the evaluation, and of paragraphs for the forgetting check."""
+    """Largest number of queries in the evaluation, and in the forgetting check."""
     seed: int = 0
     """Which modules are held out, and the order of training."""
 
@@ -149,7 +149,13 @@ def _run(config: DemoConfig, console: Console) -> None:
     results = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
         "model": source,
-        "data": {"train": len(pairs.train), "modules": pairs.modules, "skipped": pairs.skipped},
+        "data": {
+            "train": len(pairs.train),
+            "queries": len(pairs.held_out.queries),
+            "corpus": len(pairs.held_out.corpus),
+            "modules": pairs.modules,
+            "skipped": pairs.skipped,
+        },
         "training": asdict(facts),
         "code": _summary(code),
         "general": _summary(forgetting),
@@ -186,8 +192,9 @@ def _announce(config: DemoConfig, console: Console) -> None:
 def _describe_pairs(pairs: CodePairs, general: RetrievalData, console: Console) -> None:
     left_out = ", ".join(f"{count:,} × {reason}" for reason, count in pairs.skipped.items() if count)
     console.print(
-        f"{len(pairs.train):,} pairs for training and {len(pairs.held_out.queries):,} held out, from {pairs.modules:,} "
-        f"files; {len(general.queries):,} paragraphs of prose for the forgetting check."
+        f"{len(pairs.train):,} pairs for training, {len(pairs.held_out.queries):,} queries over "
+        f"{len(pairs.held_out.corpus):,} held-out functions, from {pairs.modules:,} files; "
+        f"{len(general.queries):,} paragraphs of prose for the forgetting check."
     )
     console.print(f"Left out: {left_out or 'nothing'}.\n", style="dim")
 

@@ -1,6 +1,7 @@
 """`embtune evaluate`: any number of models on one data set, in one table; `EvaluationTask` serves training too."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from embtune.cli.display import make_console, working
 from embtune.data.columns import LABEL_ROLES
 from embtune.data.readers import read_dataset
 from embtune.data.retrieval import RetrievalData
-from embtune.errors import DataError
+from embtune.errors import ArgumentError, DataError
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.result import EvaluationResult
 from embtune.evaluate.retrieval import evaluate_retrieval
@@ -42,7 +43,13 @@ class EvaluationTask:
 
     @classmethod
     def read(
-        cls, source: str, columns: dict[str, str], split: str | None, *, k: int = 10, batch_size: int = 64
+        cls,
+        source: str,
+        columns: Mapping[str, str],
+        split: str | None = None,
+        *,
+        k: int | None = None,
+        batch_size: int = 64,
     ) -> "EvaluationTask":
         """Read a BEIR folder, or rows that are pairs or scored sentences, from a file or the Hub.
 
@@ -51,17 +58,20 @@ class EvaluationTask:
         """
         path = Path(source).expanduser()
         if path.is_dir():
-            return cls(path.resolve().name, RetrievalData.from_beir(path, split or "test"), k, batch_size)
+            if columns:
+                raise ArgumentError(f"columns={dict(columns)}: {source} is a BEIR folder, whose keys are fixed.")
+            return cls(path.resolve().name, RetrievalData.from_beir(path, split or "test"), k or cls.k, batch_size)
         rows = read_dataset(source, columns=columns or None, split=split or "train")
-        roles = rows.column_names
         name = path.name if path.exists() else source
-        if "anchor" in roles:
-            return cls(name, RetrievalData.from_pairs(rows), k, batch_size)
-        if "sentence1" in roles and _label(rows):
-            return cls(name, rows, k, batch_size)
+        if "anchor" in rows.column_names:
+            return cls(name, RetrievalData.from_pairs(rows), k or cls.k, batch_size)
+        if "sentence1" in rows.column_names and _label(rows):
+            if k is not None:
+                raise ArgumentError(f"k={k} is the depth of retrieval, but {source} holds scored sentences.")
+            return cls(name, rows, batch_size=batch_size)
         raise DataError(
-            f"{source} has the columns {', '.join(roles)}, with which nothing can be measured. Give pairs (anchor, "
-            "positive), scored sentences (sentence1, sentence2, score), or a BEIR folder."
+            f"{source} has the columns {', '.join(rows.column_names)}, with which nothing can be measured. Give pairs "
+            "(anchor, positive), scored sentences (sentence1, sentence2, score), or a BEIR folder."
         )
 
     @property
@@ -95,9 +105,7 @@ def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     # With --json, standard output carries the object and nothing else.
     console = console or (Console(stderr=True, markup=False, highlight=False) if config.json else make_console())
     with working(console, f"Reading {config.data}"):
-        task = EvaluationTask.read(
-            config.data, dict(config.columns), config.split, k=config.k, batch_size=config.batch_size
-        )
+        task = EvaluationTask.read(config.data, config.columns, config.split, k=config.k, batch_size=config.batch_size)
     console.print(f"Measuring on {task}.")
     results = {name: _measure(name, task, config, console) for name in config.models}
     baseline, *others = config.models

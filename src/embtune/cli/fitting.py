@@ -54,8 +54,6 @@ def fit(
     """
     evaluated = task if config.more.eval_steps else None
     patience = config.more.early_stopping_patience
-    # They would put the user's texts on the model card, and a progress bar among the lines.
-    model.model_card_data.generate_widget_examples = False
     trainer = SentenceTransformerTrainer(
         model=model,
         args=training_arguments(config, run, model, evaluated),

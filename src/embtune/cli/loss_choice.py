@@ -121,7 +121,7 @@ def _setting(name: str, parameters: Mapping[str, inspect.Parameter], key: str, v
         return FastSentenceTransformer.from_pretrained(str(value), for_inference=True, engine="reference")
     default = parameters[key].default
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if callable(default) or isinstance(default, nn.Module):
+    if callable(default) and default is not inspect.Parameter.empty:
         raise ArgumentError(f"loss_args: {key} of {name} is a function, which only a Python program can give.")
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ArgumentError(f"loss_args: {key}={value!r} of {name} must be true or false.")

@@ -16,7 +16,7 @@ import tyro
 from embtune import __version__
 from embtune.cli.config import EvaluateConfig, EverydayTrainConfig, ExportConfig, TrainConfig, TrainDetails
 from embtune.cli.config_file import read_defaults
-from embtune.errors import EmbtuneError, EmbtuneWarning
+from embtune.errors import ArgumentError, EmbtuneError, EmbtuneWarning
 
 Config = TypeVar("Config")
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = "--verbose" in arguments or os.environ.get(VERBOSE_VARIABLE, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--verbose"]
     try:
-        return _run(_verb(arguments[:1]), arguments[1:], verbose)
+        return _run(_verb(arguments[:1] or ["--help"]), arguments[1:], verbose)
     except SystemExit as end:  # of a parser, which has printed what there is to say
         return end.code if isinstance(end.code, int) else 2
     except EmbtuneError as error:
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str], verbose: bool) -> int:
+    _refuse_repeated(arguments)
     # The flags are parsed before PyTorch is imported: help and mistakes in usage come at once.
     config: Any = None
     if verb == "train":
@@ -87,6 +88,14 @@ def _verb(arguments: list[str]) -> str:
     parser.add_argument("verb", choices=_VERBS, metavar="VERB", help=argparse.SUPPRESS)
     found: str = parser.parse_args(arguments).verb
     return found
+
+
+def _refuse_repeated(arguments: list[str]) -> None:
+    """Of a flag that is given twice tyro would take the last, and drop, say, one of two data sets in silence."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ArgumentError(f"{flag} is given twice. Several values stand behind one flag: {flag} A B.")
 
 
 def _parse(config_type: type[Config], verb: str, arguments: list[str], default: Config | None = None) -> Config:
@@ -160,7 +169,13 @@ def _one_line_each(others: Any) -> Any:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers and datasets, such as those of loading weights; downloads keep theirs."""
+    """No progress bars of transformers and datasets, such as those of loading weights; downloads keep theirs.
+
+    Where nobody watches a terminal there are none at all: tqdm reads that from the environment when it is imported.
+    """
+    disabled = os.environ.get("TQDM_DISABLE")
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -170,6 +185,9 @@ def _no_bars() -> Iterator[None]:
     try:
         yield
     finally:
+        os.environ.pop("TQDM_DISABLE", None)
+        if disabled is not None:
+            os.environ["TQDM_DISABLE"] = disabled
         if had[0]:
             transformers_logging.enable_progress_bar()
         if had[1]:

@@ -50,8 +50,9 @@ def run_train(config: TrainConfig, console: Console | None = None) -> int:
         with run.without_remains():
             _train(config, run, data, task, console)
     except KeyboardInterrupt:
-        kept = "The same command with --resume goes on from its last checkpoint." if run.checkpoints.exists() else ""
-        console.print(f"\nStopped by Ctrl-C. {kept or f'Nothing was left in {config.output}.'}", style="yellow")
+        resume = "The same command with --resume goes on from the last checkpoint."
+        left = resume if run.resumable else f"Nothing was left in {config.output}."
+        console.print(f"\nStopped by Ctrl-C. {left}", style="yellow")
         return INTERRUPTED
     return 0
 
@@ -70,7 +71,7 @@ def _read_training_data(config: TrainConfig, console: Console) -> dict[str, Data
     data: dict[str, Dataset] = {}
     for name, source in config.data.items():
         with working(console, f"Reading {source}"):
-            data[name] = read_dataset(source, columns=dict(config.columns) or None)
+            data[name] = read_dataset(source, columns=config.columns or None)
         console.print(f"{len(data[name]):,} rows with {', '.join(data[name].column_names)}.")
     check_loss(config.loss, data)
     columns = {column for dataset in data.values() for column in dataset.column_names}
@@ -84,9 +85,9 @@ def _read_evaluation(config: TrainConfig, data: Mapping[str, Dataset], console: 
     """The evaluation data, if there is any, looked through for texts that training sees."""
     task = None
     if config.eval_data is not None:
-        columns = config.more.eval_columns or config.columns
+        inherited = {} if Path(config.eval_data).expanduser().is_dir() else config.columns
         with working(console, f"Reading {config.eval_data}"):
-            task = EvaluationTask.read(config.eval_data, dict(columns), config.more.eval_split)
+            task = EvaluationTask.read(config.eval_data, config.more.eval_columns or inherited, config.more.eval_split)
         console.print(f"Measured on {task}.")
     # Of several data sets one may be smaller than a batch; a single one would not fill even the first.
     batch_size = config.batch_size if len(data) == 1 else None
@@ -107,7 +108,7 @@ def _train(
     console.print(str(model.explain()), style="dim")
     settings = {"config": _plain(config.flat()), "machine": describe_machine(model.device)}
     if config.resume and (changed := run.changed_options(settings["config"])):
-        console.print(f"Other than when this run began: {', '.join(changed)}.", style="yellow")
+        console.print(f"Not as when this run began: {', '.join(changed)}.", style="yellow")
     before = None
     if task is not None:
         with working(console, "Measuring the model as it is"):
@@ -229,7 +230,4 @@ def _show_next(
     elif merged is not None:
         models = f"{shlex.quote(config.model)} {shlex.quote(merged)}"
         commands.append(("Measure it on other data:", f"embtune evaluate {models} --data DATA"))
-    if merged is not None:
-        target = f"--format gguf --out {shlex.quote(str(run.path / 'gguf'))}"
-        commands.append(("Save it in another format:", f"embtune export {shlex.quote(merged)} {target}"))
     print_commands(console, commands)

@@ -50,7 +50,7 @@ class CodePairs:
     train: list[tuple[str, str]]
     """(anchor, positive) rows: sentence and code."""
     held_out: RetrievalData
-    """Sentences as queries, the code of all held-out functions as corpus; ids are `file:line`."""
+    """Sentences as queries, the code of held-out functions as corpus; ids are `file:line`."""
     modules: int
     """Number of source files that the pairs come from."""
     skipped: dict[str, int]
@@ -68,7 +68,8 @@ def collect_code_pairs(
 
     Args:
         path: folder of Python sources, searched recursively; folders of tests and installed packages are left out.
-        held_out: largest number of held-out functions; no more than a fifth of all are taken.
+        held_out: largest number of held-out queries. Up to twice as many functions are held out, but no more than a
+            fifth of all: those without a query make the search as hard as it is in earnest.
         seed: which modules are held out, and the order of the rows.
         min_train: smallest number of training pairs that is accepted.
 
@@ -85,12 +86,12 @@ def collect_code_pairs(
     pairs = [pair for file in _python_files(root) for pair in _pairs_of_file(file, root, skipped)]
     distinct = [pairs[i] for i in distinct_rows([(pair.sentence, pair.code) for pair in pairs])]
     skipped["near-duplicate of another function"] = len(pairs) - len(distinct)
-    train, test = _split(distinct, held_out, random.Random(seed))
+    train, test = _split(distinct, 2 * held_out, random.Random(seed))
     if len(train) < min_train or len(test) < MIN_HELD_OUT:
         raise DataError(_too_few(root, distinct, len(train), len(test), min_train, skipped))
     return CodePairs(
         train=[(pair.sentence, pair.code) for pair in train],
-        held_out=_retrieval(test),
+        held_out=_retrieval(test, held_out),
         modules=len({pair.module for pair in distinct}),
         skipped=dict(skipped),
     )
@@ -202,12 +203,12 @@ def _segment(lines: list[bytes], start: tuple[int, int], end: tuple[int, int]) -
     return b"\n".join(part).decode()
 
 
-def _split(pairs: list[CodePair], held_out: int, rng: random.Random) -> tuple[list[CodePair], list[CodePair]]:
-    """Hold out whole groups of modules, about `held_out` functions but at most a fifth of all."""
+def _split(pairs: list[CodePair], functions: int, rng: random.Random) -> tuple[list[CodePair], list[CodePair]]:
+    """Hold out whole groups of modules, at most `functions` and a fifth of all, where that leaves enough."""
     groups = _groups(pairs)
     order = sorted(groups)
     rng.shuffle(order)
-    wanted = min(held_out, max(len(pairs) // 5, MIN_HELD_OUT))
+    wanted = min(functions, max(len(pairs) // 5, MIN_HELD_OUT))
     test_groups: list[PurePath] = []
 
     def take(group: PurePath) -> None:
@@ -247,12 +248,13 @@ def _groups(pairs: list[CodePair]) -> dict[PurePath, list[CodePair]]:
     return groups
 
 
-def _retrieval(pairs: list[CodePair]) -> RetrievalData:
-    names = [f"{pair.module.as_posix()}:{pair.line}" for pair in pairs]
+def _retrieval(pairs: list[CodePair], queries: int) -> RetrievalData:
+    named = {f"{pair.module.as_posix()}:{pair.line}": pair for pair in pairs}
+    asked = list(named)[:queries]
     return RetrievalData(
-        queries={name: pair.sentence for name, pair in zip(names, pairs, strict=True)},
-        corpus={name: pair.code for name, pair in zip(names, pairs, strict=True)},
-        relevant={name: {name} for name in names},
+        queries={name: named[name].sentence for name in asked},
+        corpus={name: pair.code for name, pair in named.items()},
+        relevant={name: {name} for name in asked},
     )
 
 

@@ -52,9 +52,10 @@ def make_checkpointable(backbone: nn.Module) -> None:
     family = family_of(bare.config)
     if bare.supports_gradient_checkpointing and (family is None or family.checkpointing == "native"):
         return
-    for layer in encoder_layers(bare):
+    layers: list[Any] = encoder_layers(bare)
+    for layer in layers:
         if not isinstance(layer, GradientCheckpointingLayer):
-            layer.__class__ = _checkpointed_class(type(layer))
+            layer.__class__ = _checkpointed_class(layer.__class__)
     bare.supports_gradient_checkpointing = True
 
 

@@ -1,0 +1,289 @@
+import io
+import json
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses as all_losses
+from torch import nn
+
+from embtune.cli import config as configs
+from embtune.cli.config import EvaluateConfig, ExportChoice, ExportConfig, TrainConfig, TrainDetails
+from embtune.cli.config_file import read_defaults
+from embtune.cli.loss_choice import LOSS_INPUTS, make_loss
+from embtune.cli.main import main
+from embtune.cli.train import run_train
+from embtune.errors import ArgumentError
+from embtune.export.gguf import GGUF_QUANTIZATIONS
+from embtune.export.torchao import MINIMUM_COSINE
+from embtune.files import read_json
+
+# PEFT asks transformers for a name it gave up, and torch's loader speaks of pinned memory without an accelerator.
+THIRD_PARTY = (
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+)
+
+Train = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture
+def train(work_dir: Path, tiny_dir: Callable[..., Path]) -> Train:
+    """Run `embtune train` with the tiny model (unless the line names another) and give its results.json."""
+
+    def run(line: str) -> dict[str, Any]:
+        arguments = ["train", *shlex.split(line)]
+        if "--model" not in arguments:
+            arguments += ["--model", str(tiny_dir("bert"))]
+        assert main(arguments) == 0
+        output = arguments[arguments.index("--output") + 1] if "--output" in arguments else "embtune-run"
+        return read_json(work_dir / output / "results.json")
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_whole_run(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = train("--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 6 --lora-r 4 --output run")
+    run = work_dir / "run"
+    assert sorted(entry.name for entry in run.iterdir()) == ["checkpoints", "merged", "results.json", "run.json"]
+    assert results["training"]["steps"] == 6
+    assert results["training"]["first_loss"] > 0
+    assert results["exports"] == {"merged": "run/merged"}
+    change = results["evaluation"]["metrics"]["ndcg@10"]
+    assert change["difference"] == pytest.approx(change["after"] - change["before"])
+    assert change["low"] <= change["difference"] <= change["high"]
+
+    settings = read_json(run / "run.json")
+    assert settings["config"]["lora_r"] == 4
+    assert settings["config"]["data"] == {"train": "train.jsonl"}
+    assert {"torch", "transformers", "device"} <= settings["machine"].keys()
+
+    card = (run / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "train.jsonl" in card
+    assert "dev.jsonl" in card
+    assert f"{change['after']:.4f} (before: {change['before']:.4f}" in card
+    assert SentenceTransformer("run/merged", device="cpu").encode(["a text"]).shape == (1, 32)
+
+    captured = capsys.readouterr()
+    assert "r=4, alpha=32" in captured.out
+    assert "step 6/6  loss" in captured.out
+    assert "16 queries and 16 documents from dev.jsonl" in captured.out
+    assert "run/results.json" in captured.out
+    assert "S('run/merged')" in captured.out
+
+
+def test_a_config_file_and_flags_that_win_over_it(train: Train, work_dir: Path) -> None:
+    (work_dir / "run.yaml").write_text(
+        "data: {left: train.jsonl, right: dev.jsonl}\n"
+        "eval-data: beir\n"
+        "eval_split: dev\n"
+        "output: from-file\n"
+        "batch_size: 8\n"
+        "max_steps: 4\n"
+        "learning_rate: 2e-3\n"
+        "seed: 3\n"
+        "lora_targets: [query, value]\n"
+        "prompts: {anchor: 'query: '}\n"
+        "matryoshka_dims: [32, 16]\n"
+        "loss_args: {scale: 30}\n"
+        "load_in_4bit: true\n"
+        "exports: ['merged:16bit', 'gguf:f16']\n",
+        encoding="utf-8",
+    )
+    results = train("--config run.yaml --max-steps 2 --no-load-in-4bit --output from-flag")
+    config = read_json(work_dir / "from-flag" / "run.json")["config"]
+    assert config["max_steps"] == 2
+    assert config["learning_rate"] == 2e-3
+    assert config["load_in_4bit"] is False
+    assert config["data"] == {"left": "train.jsonl", "right": "dev.jsonl"}
+    assert config["loss_args"] == {"scale": 30}
+    assert results["training"]["steps"] == 2
+    assert results["evaluation"]["data"] == "beir"
+    merged = work_dir / "from-flag" / "merged-16bit"
+    assert {tensor.dtype for tensor in weights(merged).values()} <= {torch.float16, torch.bfloat16}
+    assert SentenceTransformer(str(merged), device="cpu").prompts["query"] == "query: "
+    [gguf] = (work_dir / "from-flag" / "gguf").iterdir()
+    assert gguf.read_bytes()[:4] == b"GGUF"
+
+
+class InterruptedStream(io.StringIO):
+    """Presses Ctrl-C when `text` is first written."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def write(self, text: str) -> int:
+        if self.text and self.text in text:
+            self.text = ""
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def run_until(config: TrainConfig, text: str) -> str:
+    stream = InterruptedStream(text)
+    assert run_train(config, Console(file=stream, markup=False, width=120)) == 130
+    return stream.getvalue().splitlines()[-1]
+
+
+def interruptible(tiny: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(tiny),
+        data={"train": "train.jsonl"},
+        eval_data="dev.jsonl",
+        output=Path("run"),
+        batch_size=8,
+        max_steps=6,
+        more=TrainDetails(eval_steps=2, save_steps=2, engine="reference", dtype="float32"),
+    )
+
+
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in THIRD_PARTY))
+def test_a_run_that_ctrl_c_ended_resumes_to_the_same_weights(
+    train: Train, work_dir: Path, tiny_dir: Callable[..., Path]
+) -> None:
+    assert run_until(interruptible(tiny_dir("bert")), "after step 4:").endswith("goes on from the last checkpoint.")
+    assert [folder.name for folder in (work_dir / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (work_dir / "run" / "results.json").exists()
+    flags = (
+        "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 6 --eval-steps 2 --save-steps 2 "
+        "--engine reference --dtype float32"
+    )
+    assert train(f"{flags} --output run --resume")["training"]["steps"] == 6
+    train(f"{flags} --output whole")
+    resumed, whole = weights(work_dir / "run" / "merged"), weights(work_dir / "whole" / "merged")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in THIRD_PARTY))
+def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
+    assert run_until(interruptible(tiny_dir("bert")), "after step 2:") == (
+        "Stopped by Ctrl-C. Nothing was left in run."
+    )
+    assert not (work_dir / "run").exists()
+
+
+def test_early_stopping_keeps_the_best(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # So large a learning rate makes the model worse with every evaluation: the first one is the best.
+    results = train(
+        "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 20 --learning-rate 0.5 --warmup 0 "
+        "--eval-steps 1 --early-stopping-patience 2 --dtype float32"
+    )
+    shown = capsys.readouterr().out.splitlines()
+    scores = [float(line.split("ndcg@10 ")[1][:6]) for line in shown if line.startswith("after step")]
+    assert results["training"]["steps"] == len(scores) < 20
+    assert results["evaluation"]["metrics"]["ndcg@10"]["after"] == pytest.approx(max(scores), abs=1e-4)
+
+
+def test_other_ways_to_train(train: Train, work_dir: Path) -> None:
+    train("--data train.jsonl --batch-size 8 --max-steps 1 --full-finetuning --output full")
+    assert not list((work_dir / "full" / "checkpoints").rglob("adapter_*"))
+    train("--data train.jsonl --batch-size 8 --max-steps 1 --load-in-4bit --output nf4")
+    adapter = work_dir / "nf4" / "checkpoints" / "checkpoint-1"
+    train(f"--model {adapter} --data train.jsonl --batch-size 8 --max-steps 1 --output further")
+    results = train(
+        "--data sts.csv --loss CoSENTLoss --eval-data sts.csv --batch-size 4 --epochs 0.6 --exports torchao "
+        "--output sts"
+    )
+    assert results["training"]["steps"] == 2
+    assert results["evaluation"]["kind"] == "sts"
+    assert results["exports"] == {"torchao:int8_weight_only": "sts/torchao-int8_weight_only"}
+
+
+def test_an_adapter_takes_no_other_rank(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("--data train.jsonl --batch-size 8 --max-steps 1")
+    adapter = work_dir / "embtune-run" / "checkpoints" / "checkpoint-1"
+    line = ["train", "--model", str(adapter), "--data", "train.jsonl", "--batch-size", "8", "--lora-r", "4"]
+    assert main([*line, "--output", "further"]) == 1
+    assert "leave lora_r out" in capsys.readouterr().err
+    assert main(line) == 1
+    assert "embtune-run holds an earlier run" in capsys.readouterr().err
+    assert not (work_dir / "further").exists()
+
+
+def test_own_column_names_for_training_and_evaluation(train: Train, work_dir: Path) -> None:
+    for name, (anchor, positive) in {"mine": ("frage", "antwort"), "theirs": ("f", "a")}.items():
+        rows = [{anchor: f"text {index}", positive: f"answer {index}", "id": index} for index in range(8)]
+        (work_dir / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    results = train(
+        "--data mine.json --columns frage=anchor antwort=positive --eval-data theirs.json "
+        "--eval-columns f=anchor a=positive --batch-size 8 --max-steps 1"
+    )
+    assert results["evaluation"]["metrics"]["ndcg@10"]["items"] == 8
+
+
+def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
+    (work_dir / "a.yaml").write_text(
+        "model: m\ndata: [a.jsonl, b.jsonl]\nepochs: 2\nwarmup: 1e-1\nmax_seq_length: null\nloss_args: {scale: 3}\n"
+    )
+    config = read_defaults(TrainConfig, work_dir / "a.yaml")
+    details = TrainDetails(loss_args={"scale": 3})
+    assert config == TrainConfig(model="m", data={"a": "a.jsonl", "b": "b.jsonl"}, epochs=2.0, more=details)
+    assert config.flat()["warmup"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "field"),
+    [
+        (TrainConfig, {"batch_size": 0}, "batch_size"),
+        (TrainConfig, {"learning_rate": 0.0}, "learning_rate"),
+        (TrainConfig, {"seed": -1}, "seed"),
+        (TrainConfig, {"data": {}}, "data"),
+        (TrainConfig, {"exports": ("merged", "merged")}, "exports"),
+        (TrainDetails, {"lora_dropout": 1.0}, "lora_dropout"),
+        (TrainDetails, {"eval_steps": 2, "save_steps": 3, "early_stopping_patience": 1}, "save_steps"),
+        (TrainDetails, {"matryoshka_dims": (8, 0)}, "matryoshka_dims"),
+        (EvaluateConfig, {"batch_size": 0}, "batch_size"),
+        (ExportConfig, {"quantization": "q2"}, "quantization"),
+    ],
+)
+def test_configs_check_themselves(config: type, settings: dict[str, Any], field: str) -> None:
+    needed = {
+        TrainConfig: {"model": "m", "data": {"a": "a.jsonl"}},
+        TrainDetails: {},
+        EvaluateConfig: {"models": ("m",), "data": "d"},
+        ExportConfig: {"model": "m", "format": "gguf", "out": Path("o")},
+    }
+    with pytest.raises(ArgumentError, match=field):
+        config(**{**needed[config], **settings})
+
+
+def test_the_formats_are_those_of_the_library() -> None:
+    assert set(configs.QUANTIZATIONS["gguf"]) == set(GGUF_QUANTIZATIONS)
+    assert set(configs.QUANTIZATIONS["torchao"]) == set(MINIMUM_COSINE)
+    assert str(ExportChoice.parse("gguf")) == "gguf:q8_0"
+    assert str(ExportChoice.parse("merged")) == "merged"
+
+
+def test_every_loss_is_known_or_wraps_another() -> None:
+    classes = {name for name in all_losses.__all__ if issubclass(getattr(all_losses, name), nn.Module)}
+    assert classes - LOSS_INPUTS.keys() == {"AdaptiveLayerLoss", "MatryoshkaLoss", "Matryoshka2dLoss"}
+    assert LOSS_INPUTS.keys() <= classes
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir: Callable[..., Path]) -> SentenceTransformer:
+    return SentenceTransformer(str(tiny_dir("bert")), device="cpu")
+
+
+def test_losses_with_their_own_arguments(model: SentenceTransformer, tiny_dir: Callable[..., Path]) -> None:
+    softmax = make_loss("SoftmaxLoss", {"num_labels": 3}, model)
+    assert softmax.classifier.weight.shape == (3, 3 * 32)
+    guided = make_loss("GISTEmbedLoss", {"guide": str(tiny_dir("mpnet")), "temperature": 0.05}, model, (32, 8))
+    assert isinstance(guided, all_losses.MatryoshkaLoss)
+    assert guided.loss.guide is not model
+    with pytest.raises(ArgumentError, match="GISTEmbedLoss needs guide"):
+        make_loss("GISTEmbedLoss", {}, model)
+    with pytest.raises(ArgumentError, match="margin_strategy"):
+        make_loss("GISTEmbedLoss", {"guide": str(tiny_dir("mpnet")), "margin_strategy": "none"}, model)
