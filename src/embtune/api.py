@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embtune import runtime
 from embtune.adapt.lora import AdaptedEncoder, LoraSettings, attach_lora, continue_adapter
-from embtune.adapt.quantised import prepare_quantised_base, quantization_config
+from embtune.adapt.quantised import is_quantised, prepare_quantised_base, quantization_config
 from embtune.errors import ArgumentError, ModelError
 from embtune.export.gguf_model import save_gguf
 from embtune.export.hub import push_folder
@@ -27,7 +27,7 @@ from embtune.models.checkpointing import enable_gradient_checkpointing
 from embtune.models.engine import Engine, choose_engine
 from embtune.models.heads import keep_heads_in_float32
 from embtune.models.modules import transformer_modules
-from embtune.packing.columns import is_precomputed
+from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
 from embtune.packing.flatten import ROW_ONLY, can_flatten, flatten, unflatten
 from embtune.report.explain import Explanation, explain_model
 
@@ -186,16 +186,36 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         if is_precomputed(input):
             return dict(input)  # a copy: Matryoshka losses cut what they are given, and ask again
-        if can_flatten(input) and self.packs:
-            flat = flatten(input, self.dtype, self.engine.padding_id, self.engine.mask_value)
-            row = super().forward(flat, **kwargs)
-            real = input["attention_mask"].bool()
-            row["token_embeddings"] = unflatten(row["token_embeddings"], real)
+        only_embedding = input.pop(EMBEDDING_ONLY, False)
+        if not can_flatten(input) or not self.packs:
+            return super().forward(input, **kwargs)
+        row = flatten(input, self.dtype, self.engine.padding_id, self.engine.mask_value)
+        if row is None:
+            return super().forward(input, **kwargs)
+        packing = row["attention_mask"].packing
+        row = super().forward(row, **kwargs)
+        if not only_embedding:
+            shape = input["input_ids"].shape
+            input["token_embeddings"] = unflatten(row["token_embeddings"], packing, shape)
             if "all_layer_embeddings" in row:
-                row["all_layer_embeddings"] = tuple(unflatten(states, real) for states in row["all_layer_embeddings"])
-            input.update({key: value for key, value in row.items() if key not in input and key not in ROW_ONLY})
-            return input
-        return super().forward(input, **kwargs)
+                layers = row["all_layer_embeddings"]
+                input["all_layer_embeddings"] = tuple(unflatten(states, packing, shape) for states in layers)
+        input.update({key: value for key, value in row.items() if key not in input and key not in ROW_ONLY})
+        return input
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in PyTorch, but a quantised base that is on the device already stays as it is.
+
+        `encode` moves the model in inference mode, where moving torchao's tensors onto their own device raises.
+        """
+        if len(args) == 1 and not kwargs and isinstance(args[0], str | torch.device) and self._is_quantised_on(args[0]):
+            return self
+        return super().to(*args, **kwargs)
+
+    def _is_quantised_on(self, place: str | torch.device) -> bool:
+        target, here = torch.device(place), self.device
+        same = target.type == here.type and target.index in (None, here.index)
+        return same and any(is_quantised(transformer.model) for transformer in transformer_modules(self))
 
     @property
     def packs(self) -> bool:

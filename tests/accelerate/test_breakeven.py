@@ -58,7 +58,9 @@ def test_recomputing_and_slower_machines_pay_sooner() -> None:
     )
 
 
-@pytest.mark.parametrize("settings", [{"dropout": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}])
+@pytest.mark.parametrize(
+    "settings", [{"dropout": True}, {"dtype": torch.bfloat16, "trainable": "full"}, {"dtype": torch.float16}]
+)
 def test_never_on_a_cpu_where_nothing_was_gained(settings: dict[str, Any]) -> None:
     run = {**CALIBRATED, **settings}
     assert compile_threshold(**run) == NEVER

@@ -10,7 +10,8 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from embtune.cli.demo import DemoConfig, run_demo
+from embtune.cli.config import DemoConfig
+from embtune.cli.demo import run_demo
 from embtune.cli.display import TrainingProgress, duration
 from embtune.cli.pacing import WARMUP_STEPS, TimeBudget
 from embtune.errors import ArgumentError, DataError
@@ -107,7 +108,6 @@ def test_ctrl_c_in_training_ends_with_one_line_and_leaves_nothing(
         ({"steps": 0}, "--steps"),
         ({"batch_size": 1}, "--batch-size"),
         ({"learning_rate": -1.0}, "--learning-rate"),
-        ({"held_out": 3}, "--held-out"),
         ({"out": Path(__file__)}, "--out"),
     ],
 )

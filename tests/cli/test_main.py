@@ -144,6 +144,7 @@ BAD_FILES = {
     "a date that is none": ("model: 2024-13-45\n", "line 1: month must be in 1..12"),
     "a key of the command": ("resume: true\n", "there is no key 'resume'"),
     "not UTF-8": (b"model: caf\xe9\n", "line 1: byte 11"),
+    "two data sets of one name": ("data: [train.jsonl, beir/train.jsonl]\n", "line 1: Two data sets are called"),
     "data without names": ("model: MODEL\ndata: {a: 3}\n", "line 2: data is"),
 }
 

@@ -27,8 +27,8 @@ from embtune.files import read_json
 
 # PEFT asks transformers for a name it gave up, and torch's loader speaks of pinned memory without an accelerator.
 THIRD_PARTY = (
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:'pin_memory' argument is set as true:UserWarning",
 )
 
 Train = Callable[[str], dict[str, Any]]
@@ -149,7 +149,7 @@ def interruptible(tiny: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.filterwarnings(*(mark.args[0] for mark in THIRD_PARTY))
+@pytest.mark.filterwarnings(*THIRD_PARTY)
 def test_a_run_that_ctrl_c_ended_resumes_to_the_same_weights(
     train: Train, work_dir: Path, tiny_dir: Callable[..., Path]
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_run_that_ctrl_c_ended_resumes_to_the_same_weights(
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.filterwarnings(*(mark.args[0] for mark in THIRD_PARTY))
+@pytest.mark.filterwarnings(*THIRD_PARTY)
 def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
     assert run_until(interruptible(tiny_dir("bert")), "after step 2:") == (
         "Stopped by Ctrl-C. Nothing was left in run."

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ def test_python_blocks_run(document: Path, tmp_path: Path, hub_cache: Path) -> N
     environment = {**os.environ, "HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    for line in "".join(blocks(document, "sh")).splitlines():
+        if line.startswith("embtune "):
+            command = [sys.executable, "-m", "embtune.cli.main", *shlex.split(line)[1:]]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
 
 
 def test_links_between_documents_lead_somewhere() -> None:

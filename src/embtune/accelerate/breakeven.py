@@ -21,11 +21,15 @@ NEVER = sys.maxsize
 # Compiling must promise a fifth more than it costs: both sides are estimates.
 MARGIN = 1.2
 
-# What follows for "cpu" comes from benchmarks/results/compile_cpu.jsonl (2026-11-22, AMD EPYC, one thread).
-# float32 LoRA and full: 55 to 76 GFLOP/s uncompiled; bfloat16: 100 to 232.
-_CPU_FLOPS = {torch.float32: 65e9, torch.bfloat16: 150e9}
-_CPU_COST_SECONDS = {"lora": 65.0, "full": 42.0}
-_CPU_SAVED = {"lora": 0.08, "full": 0.03}
+# What follows for "cpu" comes from benchmarks/results/2026-11-22-compile-cpu.json (AMD EPYC, one thread).
+# Uncompiled, LoRA and full: float32 57 to 87 GFLOP/s, bfloat16 88 to 255.
+_CPU_FLOPS = {torch.float32: 70e9, torch.bfloat16: 150e9}
+# MiniLM, no dropout: 38 s and 31 s, with checkpointing 52 s (LoRA; full is put in proportion).
+_CPU_COST_SECONDS = {("lora", False): 38.0, ("lora", True): 52.0, ("full", False): 31.0, ("full", True): 43.0}
+# No dropout, MiniLM and layers of BERT-base: float32 LoRA 3 to 5 %, with checkpointing 12 %; full 2 %; bfloat16 LoRA 8
+# and 14 %, full -2 %. With dropout every row was slower by 4 to 16 %: compiled code draws its random numbers slowly.
+_CPU_SAVED = {(torch.float32, "lora"): 0.035, (torch.float32, "full"): 0.02, (torch.bfloat16, "lora"): 0.08}
+_CPU_SAVED_CHECKPOINTING = {(torch.float32, "lora"): 0.11}
 
 # What follows for "cuda" comes from DESIGN.md (one H200 with a slow host; both sides scale with the host) and has not
 # been measured with this code. §7.9: one shared layer of BERT-base compiles in about 12 s.
@@ -100,14 +104,18 @@ class CompileEstimate:
     def _saved(self) -> float:
         if self.device == "cuda":
             return _CUDA_SAVED
-        if self.dropout or self.dtype != torch.float32:
+        if self.dropout:
             return 0.0
-        return _CPU_SAVED[self.trainable]
+        kind = (self.dtype, self.trainable)
+        saved = _CPU_SAVED.get(kind, 0.0)
+        return _CPU_SAVED_CHECKPOINTING.get(kind, saved) if self.checkpointing else saved
 
     @property
     def cost_seconds(self) -> float:
         """Seconds until every variant of the layer that training calls is compiled; hardly depends on its size."""
-        return _CUDA_COST_SECONDS if self.device == "cuda" else _CPU_COST_SECONDS[self.trainable]
+        if self.device == "cuda":
+            return _CUDA_COST_SECONDS
+        return _CPU_COST_SECONDS[self.trainable, self.checkpointing]
 
     @property
     def threshold(self) -> int:
@@ -227,8 +235,8 @@ def _obstacle(device: str, packed: bool) -> str | None:
 
 def _weighed(estimate: CompileEstimate, steps_left: int, pays: bool) -> str:
     if estimate.threshold == NEVER:
-        name = str(estimate.dtype).removeprefix("torch.")
-        return f"off: on a CPU, compiled {name} layers{' with dropout' if estimate.dropout else ''} were not faster"
+        layers = f"{str(estimate.dtype).removeprefix('torch.')} layers{' with dropout' if estimate.dropout else ''}"
+        return f"off: on a CPU, compiled {layers} were not faster ({estimate.trainable} training)"
     saved = f"{steps_left:,} steps × {1000 * estimate.saving_seconds:,.1f} ms saved"
     verdict, comparison = ("on", "repay") if pays else ("off", "do not repay")
     cost = f"{MARGIN} × {estimate.cost_seconds:.0f} s of compiling"

@@ -10,8 +10,8 @@ def compile_layers(backbone: nn.Module, backend: str = "inductor") -> None:
 
     No wrapper is added: parameter names, class names and what is saved stay. Copies made by `deepcopy` or `pickle` are
     not compiled. Compiled code is kept per variant of a call (training or not, with padding or without, input with a
-    gradient or without, a batch of one text); beyond eight variants in a process, which needs several models, PyTorch
-    says so and runs new ones uncompiled.
+    gradient or without, a batch of one text). Beyond eight variants in a process, which several models can reach,
+    PyTorch says so and runs new ones uncompiled.
 
     Args:
         backbone: a transformers model, PEFT-wrapped or not. Switch gradient checkpointing on or off before.

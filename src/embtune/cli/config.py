@@ -7,7 +7,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from embtune.cli.flags import Count, Number, Numbers, Pairs, Rate, Share, Sources, Switch, Text, Texts, Values, shown
+from embtune.cli.flags import (
+    Float,
+    Int,
+    Ints,
+    MaybeFloat,
+    MaybeInt,
+    MaybeText,
+    Pairs,
+    Sources,
+    Switch,
+    Texts,
+    Values,
+    shown,
+)
 from embtune.errors import ArgumentError
 
 QUANTIZATIONS: Mapping[str, tuple[str, ...]] = {
@@ -38,17 +51,17 @@ class TrainDetails:
 
     eval_columns: Pairs = field(default_factory=dict)
     """Roles of the evaluation data's columns, where they differ from --columns."""
-    eval_split: Text = None
+    eval_split: MaybeText = None
     """Split of the evaluation data: BEIR folder (test) or Hub (train)."""
-    eval_steps: Number = None
+    eval_steps: MaybeInt = None
     """Evaluate after every N steps of training."""
-    save_steps: Number = None
+    save_steps: MaybeInt = None
     """Save a checkpoint every N steps; without, after every epoch."""
-    early_stopping_patience: Number = None
+    early_stopping_patience: MaybeInt = None
     """Stop after N evaluations without gain, and keep the best model."""
-    pooling_mode: Text = None
+    pooling_mode: MaybeText = None
     """Pooling, such as mean or cls; without, the model's own."""
-    dtype: Text = None
+    dtype: MaybeText = None
     """Of the base weights: float32, bfloat16, float16; without, by hardware."""
     load_in_8bit: Switch = False
     """Hold the base weights in 8 bits."""
@@ -58,19 +71,19 @@ class TrainDetails:
     """Recompute layers in the backward pass: less memory, slower."""
     compile: Literal["auto", "never", "always"] = "auto"
     """Compile the layers; auto does where the run is long enough to pay."""
-    lora_dropout: Share = 0.0
+    lora_dropout: Float = 0.0
     """Dropout before the adapters."""
     lora_targets: Texts = ()
     """Linear layers to adapt; without, those of the architecture."""
     loss_args: Values = field(default_factory=dict)
     """Arguments of the loss, as scale=30."""
-    matryoshka_dims: Numbers = ()
+    matryoshka_dims: Ints = ()
     """Train embeddings that can be cut to these dimensions."""
     prompts: Pairs = field(default_factory=dict)
-    """Text before each column's texts, as anchor="query: "."""
+    """MaybeText before each column's texts, as anchor="query: "."""
     batch_sampler: Literal["batch_sampler", "no_duplicates", "group_by_label"] = "batch_sampler"
     """How batches are drawn; no_duplicates keeps equal texts apart."""
-    warmup: Share = 0.1
+    warmup: Float = 0.1
     """Steps until the learning rate's peak; below 1, their share of all steps."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
     """Course of the learning rate after the warm-up."""
@@ -111,21 +124,21 @@ class TrainConfig:
     """YAML file with these names as keys; flags win over it."""
     resume: Switch = False
     """Go on from the newest checkpoint in --output."""
-    epochs: Rate = None
+    epochs: MaybeFloat = None
     """Passes over the data; without it and --max-steps, one."""
-    max_steps: Number = None
+    max_steps: MaybeInt = None
     """Training steps, instead of epochs."""
-    batch_size: Count = 64
+    batch_size: Int = 64
     """Rows in a batch; most losses take their negatives from it."""
-    learning_rate: Rate = None
+    learning_rate: MaybeFloat = None
     """Peak; without it 2e-4 for adapters, 2e-5 for whole models."""
-    max_seq_length: Number = None
+    max_seq_length: MaybeInt = None
     """Longest text in tokens; without, the model's own."""
     loss: Annotated[str, tyro.conf.arg(metavar="NAME")] = "MultipleNegativesRankingLoss"
     """Any loss of sentence-transformers."""
-    lora_r: Count = 16
+    lora_r: Int = 16
     """Rank of the LoRA adapters."""
-    lora_alpha: Share = 32
+    lora_alpha: Float = 32
     """Scale of the adapters: alpha / rank."""
     load_in_4bit: Switch = False
     """Hold the base weights in 4 bits (QLoRA)."""
@@ -133,7 +146,7 @@ class TrainConfig:
     """Train all weights instead of adapters."""
     exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT…")] = ("merged",)
     """What to save: merged, gguf:q8_0, torchao:int8_weight_only …"""
-    seed: Count = 0
+    seed: Int = 0
     """Of the adapters' first weights and the order of rows."""
     more: tyro.conf.OmitArgPrefixes[TrainDetails] = field(default_factory=TrainDetails)
     """The less common options."""
@@ -231,13 +244,13 @@ class EvaluateConfig:
     """BEIR folder, pairs (anchor, positive), or scored sentences (sentence1, sentence2, score)."""
     columns: Pairs = field(default_factory=dict)
     """Roles of your columns, as question=anchor answer=positive; known names need none."""
-    split: Text = None
+    split: MaybeText = None
     """Split of a BEIR folder (default test) or a Hub data set (default train)."""
-    k: Number = None
+    k: MaybeInt = None
     """Depth of the retrieval metrics; without, 10."""
-    batch_size: Count = 64
+    batch_size: Int = 64
     """Texts encoded at a time."""
-    max_seq_length: Number = None
+    max_seq_length: MaybeInt = None
     """Longest text in tokens; without, each model's own."""
     dtype: Annotated[str, shown("NAME", default=True)] = "float32"
     """Of the weights; bfloat16 is faster on a GPU, and rounds."""
@@ -263,7 +276,7 @@ class ExportConfig:
     """merged: sentence-transformers and servers; gguf: llama.cpp; torchao: 8-bit PyTorch."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
-    quantization: Text = None
+    quantization: MaybeText = None
     """gguf: q8_0 (default), f16, bf16, f32; torchao: int8_weight_only (default), int8_dynamic; merged: 16bit, 32bit."""
 
     def __post_init__(self) -> None:
@@ -272,3 +285,41 @@ class ExportConfig:
             raise ArgumentError(f"out={self.out} is a file; give a folder.")
         if self.out.exists() and Path(self.model).exists() and self.out.samefile(self.model):
             raise ArgumentError(f"out={self.out} is the model's own folder; give another.")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Fine-tune an embedding model to find functions by what they do, and show whether it got better."""
+
+    minutes: float = 6.0
+    """Time for training and evaluation together; the number of steps follows from it."""
+    steps: int | None = None
+    """Exact number of training steps, instead of as many as fit into `minutes`."""
+    path: Path | None = None
+    """Folder with your own Python code; without it, the standard library of this Python."""
+    model: str | None = None
+    """Folder or Hub name of the model to tune; without it, all-MiniLM-L6-v2 from the package of the extra `demo`."""
+    out: Path = Path("embtune-demo")
+    """Folder for results.json, the merged model and the GGUF file."""
+    engine: str = "auto"
+    """How training runs: `auto` takes the fastest engine that is proven for this model, `reference` the plain one."""
+    batch_size: int = 64
+    """Pairs in a batch; every other pair of the batch is a negative."""
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    held_out: int = 500
+    """Largest number of queries in the evaluation, and in the forgetting check."""
+    seed: int = 0
+    """Which modules are held out, and the order of training."""
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ArgumentError(f"--minutes {self.minutes} must be more than 0.")
+        if self.steps is not None and self.steps < 1:
+            raise ArgumentError(f"--steps {self.steps} must be at least 1; leave it out to fill --minutes.")
+        if self.batch_size < 2:
+            raise ArgumentError(f"--batch-size {self.batch_size}: a pair needs others in its batch as negatives.")
+        if not self.learning_rate > 0:
+            raise ArgumentError(f"--learning-rate {self.learning_rate} must be more than 0.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ArgumentError(f"--out {self.out} is a file; give a folder.")

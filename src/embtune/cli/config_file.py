@@ -55,16 +55,23 @@ def read_defaults(config_type: type[Config], path: Path) -> Config:
         if key in values:
             raise ArgumentError(f"{where}: the key {key!r} is there twice. Remove one.")
         value = _plain(value_node, path)
-        if key == "data" and isinstance(value, str | list):
-            value = sources_by_name([value] if isinstance(value, str) else [str(item) for item in value])
         try:
-            values[key] = _convert(value, hints[key])
+            values[key] = _convert(_named(value) if key == "data" else value, hints[key])
         except _Mismatch:
             raise ArgumentError(f"{where}: {key} is {value!r}, but must be {_expected(hints[key])}.") from None
+        except ArgumentError as error:
+            raise ArgumentError(f"{where}: {error}") from error
     try:
         return _build(config_type, values)
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}") from error
+
+
+def _named(data: Any) -> Any:
+    """The data sets by name, also where a file gives one file or a list of them."""
+    if not isinstance(data, str | list):
+        return data
+    return sources_by_name([data] if isinstance(data, str) else [str(source) for source in data])
 
 
 def _groups(config_type: type) -> Iterator[type]:

@@ -17,12 +17,13 @@ from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
 from embtune.cli import plain_reload
+from embtune.cli.config import DemoConfig
 from embtune.cli.display import duration, make_console, print_commands, sample_table, working
 from embtune.cli.timed_training import train_within
-from embtune.data.code_pairs import MIN_HELD_OUT, CodePairs, collect_code_pairs
+from embtune.data.code_pairs import CodePairs, collect_code_pairs
 from embtune.data.general_text import general_retrieval
 from embtune.data.retrieval import RetrievalData
-from embtune.errors import ArgumentError, ExportError
+from embtune.errors import ExportError
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.retrieval import RetrievalResult, evaluate_retrieval
 from embtune.files import atomic_folder, write_json
@@ -36,46 +37,6 @@ MIN_COSINE = 0.999  # half-precision weights, rounded once more by the merge, st
 FEW_STEPS = 10
 SAMPLES = 5
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Fine-tune an embedding model to find functions by what they do, and show whether it got better."""
-
-    minutes: float = 6.0
-    """Time for training and evaluation together; the number of steps follows from it."""
-    steps: int | None = None
-    """Exact number of training steps, instead of as many as fit into `minutes`."""
-    path: Path | None = None
-    """Folder with your own Python code; without it, the standard library of this Python."""
-    model: str | None = None
-    """Folder or Hub name of the model to tune; without it, all-MiniLM-L6-v2 from the package of the extra `demo`."""
-    out: Path = Path("embtune-demo")
-    """Folder for results.json, the merged model and the GGUF file."""
-    engine: str = "auto"
-    """How training runs: `auto` takes the fastest engine that is proven for this model, `reference` the plain one."""
-    batch_size: int = 64
-    """Pairs in a batch; every other pair of the batch is a negative."""
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
-    held_out: int = 500
-    """Largest number of queries in the evaluation, and in the forgetting check."""
-    seed: int = 0
-    """Which modules are held out, and the order of training."""
-
-    def __post_init__(self) -> None:
-        if not self.minutes > 0:
-            raise ArgumentError(f"--minutes {self.minutes} must be more than 0.")
-        if self.steps is not None and self.steps < 1:
-            raise ArgumentError(f"--steps {self.steps} must be at least 1; leave it out to fill --minutes.")
-        if self.batch_size < 2:
-            raise ArgumentError(f"--batch-size {self.batch_size}: a pair needs others in its batch as negatives.")
-        if not self.learning_rate > 0:
-            raise ArgumentError(f"--learning-rate {self.learning_rate} must be more than 0.")
-        if self.held_out < MIN_HELD_OUT:
-            raise ArgumentError(f"--held-out {self.held_out} must be at least {MIN_HELD_OUT}.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ArgumentError(f"--out {self.out} is a file; give a folder.")
 
 
 @dataclass(frozen=True)

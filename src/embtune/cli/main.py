@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 import tyro
 
 from embtune import __version__
-from embtune.cli.config import EvaluateConfig, EverydayTrainConfig, ExportConfig, TrainConfig, TrainDetails
+from embtune.cli.config import DemoConfig, EvaluateConfig, EverydayTrainConfig, ExportConfig, TrainConfig, TrainDetails
 from embtune.cli.config_file import read_defaults
 from embtune.errors import ArgumentError, EmbtuneError, EmbtuneWarning
 
@@ -29,6 +29,8 @@ _VERBS = {
     "evaluate": "measure one or more models on the same data",
     "export": "save a model for sentence-transformers, llama.cpp or TorchAO",
 }
+
+_CONFIGS: dict[str, Any] = {"demo": DemoConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,17 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str], verbose: bool) -> int:
     _refuse_repeated(arguments)
     # The flags are parsed before PyTorch is imported: help and mistakes in usage come at once.
-    config: Any = None
-    if verb == "train":
-        config = _train_config(arguments)
-    elif verb == "evaluate":
-        config = _parse(EvaluateConfig, verb, arguments)
-    elif verb == "export":
-        config = _parse(ExportConfig, verb, arguments)
+    config: Any = _train_config(arguments) if verb == "train" else _parse(_CONFIGS[verb], verb, arguments)
     with _quiet(verbose):
         module = import_module(f"embtune.cli.{verb}")
-        if verb == "demo":
-            config = _parse(module.DemoConfig, verb, arguments)
         exit_code: int = getattr(module, f"run_{verb}")(config)
         return exit_code
 

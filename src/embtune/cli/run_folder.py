@@ -63,10 +63,9 @@ class RunFolder:
         """Write run.json, whole or not at all."""
         self._write(_SETTINGS, settings)
 
-    def write_results(self, results: Mapping[str, Any]) -> Path:
-        """Write results.json, whole or not at all, and return its path."""
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json, whole or not at all."""
         self._write(_RESULTS, results)
-        return self.path / _RESULTS
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         with atomic_folder(self.path) as staging:

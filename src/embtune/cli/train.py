@@ -1,7 +1,7 @@
 """`embtune train`: read and check, load, measure, train, measure again, save, and say how to go on."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,25 +116,32 @@ def _train(
     facts = fit(config, run, model, loss, data, task, console, on_begin=lambda: run.write_settings(settings))
     console.print(f"Trained {facts['steps']:,} steps in {duration(facts['seconds'])}.")
     comparison = None
+    results: dict[str, Any] = {"training": facts, "exports": {}}
     if task is not None and before is not None:
         with working(console, "Measuring the trained model"):
             comparison = compare(before, task.run(model))
         console.print()
         console.print(comparison.render())
-    _describe(config, model, data, task, comparison)
-    results: dict[str, Any] = {"training": facts, "exports": {}}
-    if comparison is not None and task is not None:
         results["evaluation"] = {"data": task.name, **comparison.to_dict()}
+    _describe(config, model, data, task, comparison)
     run.write_results(results)
-    commands = []
+    _save(exports, model, run, results, console)
+    _show_next(config, run, results["exports"], console)
+
+
+def _save(
+    exports: Sequence[ExportChoice],
+    model: SentenceTransformer,
+    run: RunFolder,
+    results: dict[str, Any],
+    console: Console,
+) -> None:
+    """Save every export and note it in results.json as soon as it is there."""
     for choice in exports:
-        folder = config.output / choice.folder_name
+        folder = run.path / choice.folder_name
         with working(console, f"Saving as {choice} in {folder}"):
-            saved = save_export(model, choice, folder)
-        results["exports"][str(choice)] = str(saved)
-        commands.append(usage(choice, saved))
+            results["exports"][str(choice)] = str(save_export(model, choice, folder))
         run.write_results(results)
-    _show_next(config, run, results, commands, console)
 
 
 def _load_model(config: TrainConfig) -> SentenceTransformer:
@@ -214,19 +221,13 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in options.items()}
 
 
-def _show_next(
-    config: TrainConfig,
-    run: RunFolder,
-    results: Mapping[str, Any],
-    commands: list[tuple[str, str]],
-    console: Console,
-) -> None:
+def _show_next(config: TrainConfig, run: RunFolder, exports: Mapping[str, str], console: Console) -> None:
     console.print(f"\nDone. All numbers are in {run.path / 'results.json'}.", style="bold green", soft_wrap=True)
-    merged = next((saved for name, saved in results["exports"].items() if name.startswith("merged")), None)
+    commands = [usage(ExportChoice.parse(name), Path(saved)) for name, saved in exports.items()]
+    merged = next((saved for name, saved in exports.items() if name.startswith("merged")), None)
     if config.eval_data is None:
-        commands.append(
-            ("Nothing was measured; with held-out pairs in a file:", "embtune train … --eval-data held-out.jsonl")
-        )
+        with_data = "embtune train … --eval-data held-out.jsonl"
+        commands.append(("Nothing was measured; with held-out pairs in a file:", with_data))
     elif merged is not None:
         models = f"{shlex.quote(config.model)} {shlex.quote(merged)}"
         commands.append(("Measure it on other data:", f"embtune evaluate {models} --data DATA"))

@@ -43,7 +43,7 @@ def make_checkpointable(backbone: nn.Module) -> None:
     """Let gradient checkpointing be switched on for this backbone (PEFT-wrapped or not); nothing is switched on yet.
 
     Does nothing where transformers checkpoints the layers itself. Elsewhere the encoder layers of this one instance
-    change class; parameters, names and results stay. Call it once after loading, and again on no harm.
+    change class; parameters, names and results stay. Calling it again does no harm.
 
     Raises:
         ModelError: the model has no list of encoder layers.
@@ -96,7 +96,7 @@ def enable_gradient_checkpointing(backbone: nn.Module, kind: bool | str | None =
 
 
 def disable_gradient_checkpointing(backbone: nn.Module) -> None:
-    """Switch checkpointing off and give every layer its own class back; on no harm where it is off."""
+    """Switch checkpointing off and give every layer its own class back; does no harm where it is off."""
     bare = unwrapped(backbone)
     for module in bare.modules():
         if getattr(module, "gradient_checkpointing", False):

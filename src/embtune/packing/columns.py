@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PRECOMPUTED = "embtune_precomputed"
+EMBEDDING_ONLY = "embtune_embedding_only"
+"""In features: nobody will ask for token embeddings, which need not be put back into their padded places."""
 
 
 def is_precomputed(features: Mapping[str, Any]) -> bool:
@@ -29,7 +31,7 @@ def embed_columns_once(
     joined = _join(columns)
     if joined is None:
         return list(columns)
-    embeddings = model(joined)["sentence_embedding"]
+    embeddings = model({**joined, EMBEDDING_ONLY: True})["sentence_embedding"]
     parts = embeddings.split([len(column["input_ids"]) for column in columns])
     # sentence-transformers does not pad columns together that it takes for flat rows: it calls the model for each.
     return [

@@ -16,7 +16,7 @@ ROW_ONLY = frozenset({"position_ids", "cu_seq_lens_q", "seq_idx"})
 
 
 def can_flatten(features: Mapping[str, Any]) -> bool:
-    """Whether these are padded text features whose texts all have at least one token."""
+    """Whether these are padded text features that flattening knows how to carry."""
     mask = features.get("attention_mask")
     ids = features.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor) or mask.shape != ids.shape or mask.ndim != 2:
@@ -26,13 +26,15 @@ def can_flatten(features: Mapping[str, Any]) -> bool:
         for key, value in features.items()
         if isinstance(value, Tensor) and value.shape == ids.shape and key not in _PER_TOKEN
     ]
-    return not unknown and "inputs_embeds" not in features and bool(mask.any(dim=1).all())
+    return not unknown and "inputs_embeds" not in features
 
 
 def flatten(
     features: Mapping[str, Any], dtype: torch.dtype, padding_id: int | None = None, mask_value: float = 0
-) -> dict[str, Any]:
-    """Turn padded features [N, L] into those of one row [1, T] of real tokens.
+) -> dict[str, Any] | None:
+    """Turn padded features [N, L] into those of one row [1, T] of real tokens; None if a text has no token at all.
+
+    On an accelerator this waits for it once, to read the mask: everything else is laid out on the CPU.
 
     Args:
         features: with `input_ids` and `attention_mask`; padding may stand on either side.
@@ -44,26 +46,30 @@ def flatten(
     Returns:
         The features with `position_ids`, `cu_seq_lens_q`, `seq_idx` and, as attention mask, a `PackedMask`.
     """
-    ids, real = features["input_ids"], features["attention_mask"].bool()
-    packing = Packing(real.sum(dim=1).tolist(), ids.device)
+    ids = features["input_ids"]
+    real = features["attention_mask"].cpu().bool()
+    lengths = real.sum(dim=1).tolist()
+    if min(lengths) == 0:
+        return None
+    place = real.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
+    packing = Packing(lengths, ids.device, place)
     if padding_id is None:
-        positions = real.cumsum(dim=1) - 1
+        positions = (real.cumsum(dim=1) - 1)[real].to(ids.device, non_blocking=True)
     else:
-        counted = (ids != padding_id) & real
-        positions = counted.cumsum(dim=1) * counted + padding_id
+        counted = (ids != padding_id) & features["attention_mask"].bool()
+        positions = (counted.cumsum(dim=1) * counted + padding_id).flatten().index_select(0, place)
     row: dict[str, Any] = {key: value for key, value in features.items() if key not in _PER_TOKEN}
-    row["input_ids"] = ids[real].unsqueeze(0)
-    if "token_type_ids" in features:
-        row["token_type_ids"] = features["token_type_ids"][real].unsqueeze(0)
-    row["position_ids"] = positions[real].unsqueeze(0)
+    for key in ("input_ids", "token_type_ids"):
+        if key in features:
+            row[key] = features[key].flatten().index_select(0, place).unsqueeze(0)
+    row["position_ids"] = positions.unsqueeze(0)
     row["attention_mask"] = PackedMask.of(packing, dtype, mask_value)
     row["cu_seq_lens_q"] = packing.cu_seqlens
     row["seq_idx"] = packing.text_of_token.unsqueeze(0)
     return row
 
 
-def unflatten(states_1TC: Tensor, real: Tensor) -> Tensor:
-    """Token states of a packed row [1, T, …] back in the places of a padded batch [N, L, …], zeros elsewhere."""
-    padded = states_1TC.new_zeros(*real.shape, *states_1TC.shape[2:])
-    padded[real] = states_1TC[0]
-    return padded
+def unflatten(states_1TC: Tensor, packing: Packing, shape: torch.Size) -> Tensor:
+    """Token states of a packed row [1, T, …] back in a padded batch of `shape` [N, L], zeros elsewhere."""
+    padded = states_1TC.new_zeros(shape.numel(), *states_1TC.shape[2:])
+    return padded.index_copy(0, packing.place, states_1TC[0]).unflatten(0, shape)

@@ -3,6 +3,7 @@
 Shapes: N texts, T real tokens in all, S slots of the padded groups (S ≥ T), L the longest text of a group.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,6 +38,8 @@ class Packing:
     """Tokens of each text, N numbers, each at least 1."""
     device: torch.device
     """Where the index tensors live."""
+    place: Tensor | None = None
+    """[T] int64: where each token stood in the flattened padded batch; None for a row that never was one."""
     _masks: dict[tuple[int, int | None, bool], Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
@@ -53,13 +56,13 @@ class Packing:
     def cu_seqlens(self) -> Tensor:
         """[N + 1] int32: text i is the tokens `cu_seqlens[i] : cu_seqlens[i + 1]`."""
         ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(self.device)
+        return ends.to(self.device, non_blocking=True)
 
     @cached_property
     def text_of_token(self) -> Tensor:
         """[T] int64: the index of the text that each token belongs to."""
         lengths = torch.tensor(self.lengths)
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), lengths).to(self.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), lengths).to(self.device, non_blocking=True)
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -96,13 +99,13 @@ class Packing:
     @cached_property
     def slot_of_token(self) -> Tensor:
         """[T] int64, no slot twice: where each token of the row stands in the groups."""
-        starts = self.cu_seqlens.tolist()
+        starts = [0, *itertools.accumulate(self.lengths)]
         slot = torch.empty(self.tokens, dtype=torch.int64)
         for group, members in zip(self.groups, self._members, strict=True):
             for row, text in enumerate(members):
                 first = group.start + row * group.length
                 slot[starts[text] : starts[text + 1]] = torch.arange(first, first + self.lengths[text])
-        return slot.to(self.device)
+        return slot.to(self.device, non_blocking=True)
 
     def allowed(self, index: int, window: int | None, causal: bool) -> Tensor | None:
         """[n or 1, 1, L or 1, L] bool: which keys each query of group `index` may read; None where it may read all.
