@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	@echo "== import order"
 	$(BIN)/lint-imports
 	@echo "== tests, examples and the documents' code blocks"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not llamacpp and not slow" $(TESTS)
 
 # Checks GGUF files through llama.cpp itself, which is built from source here: about five minutes, once.
 test-runtimes: $(VENV)/.llamacpp

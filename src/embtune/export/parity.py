@@ -129,7 +129,9 @@ def _computing_in_float32(model: nn.Module) -> Iterator[None]:
             module.compute_dtype = torch.float32
         for backbone in attention:
             backbone.set_attn_implementation("sdpa")
-        yield
+        # Layers that were compiled for half precision have its casts compiled in.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for backbone, implementation in attention.items():
             backbone.set_attn_implementation(implementation)

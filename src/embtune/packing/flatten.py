@@ -26,7 +26,9 @@ def can_flatten(features: Mapping[str, Any]) -> bool:
         for key, value in features.items()
         if isinstance(value, Tensor) and value.shape == ids.shape and key not in _PER_TOKEN
     ]
-    return not unknown and "inputs_embeds" not in features
+    # Losses over all layers (AdaptiveLayer, Matryoshka2d) come a second time with the states of the first pass, which
+    # are padded again by then.
+    return not unknown and not {"inputs_embeds", "all_layer_embeddings"} & features.keys()
 
 
 def flatten(
