@@ -363,3 +363,24 @@ def test_the_lower_door_refuses_the_wrong_kind(tiny_dir: TinyDir) -> None:
         FastSentenceTransformer.get_peft_model(model[0].model)
     with pytest.raises(ArgumentError, match="auto_model"):
         FastModel.from_pretrained(tiny_dir("bert"), auto_model="BertModel")
+
+
+@pytest.mark.parametrize(
+    "loading", [{}, {"dtype": "bfloat16"}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str
+)
+def test_merging_in_place_keeps_what_was_trained(loading: dict[str, object], tiny_dir: TinyDir) -> None:
+    model = FastSentenceTransformer.get_peft_model(load(tiny_dir("bert"), **loading), r=4)
+    randomise_b(model)
+    before = model.encode(TEXTS)
+    encoder = model[0].model.merge_and_unload()
+    assert encoder.dtype == torch.float32  # the checkpoint's own, and that of a de-quantised base
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    cosine = (torch.tensor(before) * torch.tensor(model.encode(TEXTS))).sum(1)
+    assert cosine.min() > (0.995 if "dtype" in loading else 0.99999)
+
+
+def test_arguments_hold_for_adapter_folders_too(tmp_path: Path, tiny_dir: TinyDir) -> None:
+    FastSentenceTransformer.get_peft_model(load(tiny_dir("bert"))).save_pretrained(str(tmp_path))
+    model = load(tmp_path, pooling_mode="cls", processor_kwargs={"padding_side": "left"})
+    assert model[1].pooling_mode == "cls"
+    assert model.tokenizer.padding_side == "left"

@@ -125,7 +125,9 @@ class FastSentenceTransformer(SentenceTransformer):
             _prepare(transformer.model, notes)
         if base is not None:
             folder = load.local_folder(source)
-            load.replace_saved_modules(model, folder)
+            load.replace_saved_modules(model, folder, settings.processor_kwargs)
+            if pooling_mode is not None:
+                load.set_pooling(model, pooling_mode)
             for transformer in transformer_modules(model):
                 transformer.model = continue_adapter(transformer.model, folder, trainable=not for_inference)
         length = clamp_length(max_seq_length, transformer_modules(model)[0].config)
@@ -344,6 +346,7 @@ class FastSentenceTransformer(SentenceTransformer):
         revision: str | None = None,
     ) -> str:
         """Write the merged model and upload it; returns the address. Every failure of the Hub is raised."""
+        self.model_card_data.set_model_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
             saved = self.save_pretrained_merged(Path(folder) / "model", tokenizer, save_method)
             return push_folder(
@@ -452,7 +455,7 @@ class FastModel:
         _prepare(backbone, notes)
         if base is not None:
             folder = load.local_folder(source)
-            tokenizer = load.saved_tokenizer(folder, backbone) or tokenizer
+            tokenizer = load.saved_tokenizer(folder, backbone, settings.processor_kwargs) or tokenizer
             backbone = continue_adapter(backbone, folder, trainable=True)
         length = clamp_length(max_seq_length, backbone.config) or load.position_limit(backbone.config)
         if length is not None:
@@ -538,7 +541,7 @@ def _source(
     trust_remote_code: bool,
 ) -> load.Source:
     return load.Source(
-        name=str(model_name),
+        name=str(Path(model_name).expanduser()),
         revision=revision,
         token=token,
         cache_dir=None if cache_dir is None else str(cache_dir),
@@ -580,7 +583,8 @@ def _prepare(backbone: PreTrainedModel, notes: LoadNotes) -> None:
 
 def _adapt(backbone: PreTrainedModel, settings: LoraSettings, checkpointing: bool | str | None) -> AdaptedEncoder:
     adapted = attach_lora(backbone, settings)
-    enable_gradient_checkpointing(adapted, checkpointing)
+    if checkpointing is not None:
+        enable_gradient_checkpointing(adapted, checkpointing)
     return adapted
 
 

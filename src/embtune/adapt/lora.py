@@ -79,8 +79,8 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
     ) -> PreTrainedModel:
         """Add the adapter to the base weights, in place, and return the plain encoder.
 
-        The encoder then has the dtype of the checkpoint it was loaded from (float32 after a quantised base): a sum in
-        bfloat16 would round away part of what was trained. Calling it twice is harmless.
+        The sum is taken in float32. The encoder then has the dtype of the checkpoint that it was loaded from, float32
+        after a quantised base. Calling it twice is harmless.
 
         Raises:
             ArgumentError: `adapter_names` names other adapters than the active ones.
@@ -96,8 +96,9 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
             encoder = self.base_model.unload()
             _replace_quantised(encoder, dense)
         else:
-            base.to(checkpoint_dtype)
+            base.to(torch.float32)
             encoder = self.base_model.merge_and_unload(progressbar=progressbar, safe_merge=safe_merge)
+            encoder.to(checkpoint_dtype)
         self.merged = True
         return encoder
 
@@ -139,14 +140,15 @@ def _replace_quantised(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) 
             dense.bias = nn.Parameter(tensors[f"{name}.bias"].to(torch.float32), requires_grad=False)
         parent_name, _, child = name.rpartition(".")
         setattr(encoder.get_submodule(parent_name), child, dense.train(module.training))
-    encoder.to(torch.float32)
-    encoder.config.dtype = torch.float32
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(encoder.config, attribute):
             delattr(encoder.config, attribute)
     for attribute in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer"):
         if attribute in encoder.__dict__:
             delattr(encoder, attribute)
+    # transformers refuses to cast a model that it takes for quantised; this one no longer is.
+    nn.Module.to(encoder, torch.float32)
+    encoder.config.dtype = torch.float32
 
 
 def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEncoder:

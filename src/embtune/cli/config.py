@@ -80,7 +80,7 @@ class TrainDetails:
     matryoshka_dims: Ints = ()
     """Train embeddings that can be cut to these dimensions."""
     prompts: Pairs = field(default_factory=dict)
-    """MaybeText before each column's texts, as anchor="query: "."""
+    """Text before each column's texts, as anchor="query: "."""
     batch_sampler: Literal["batch_sampler", "no_duplicates", "group_by_label"] = "batch_sampler"
     """How batches are drawn; no_duplicates keeps equal texts apart."""
     warmup: Float = 0.1

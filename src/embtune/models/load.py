@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.util import import_from_string, load_file_path
@@ -27,9 +28,11 @@ from transformers import (
 
 from embtune.errors import ArgumentError, EmbtuneError, ModelError
 from embtune.files import read_json
-from embtune.models.families import family_of
+from embtune.models.families import family_of, unwrapped
 from embtune.models.heads import keep_heads_in_float32
 from embtune.models.modules import pooling_modules, transformer_modules
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -161,7 +164,7 @@ def load_sentence_transformer(
     model.truncate_dim = settings.truncate_dim
     for transformer in transformer_modules(model):
         _refuse_joined_matrices(transformer.config, settings)
-        remember_checkpoint(transformer.model, transformer.config)
+        remember_checkpoint(transformer.model, source)
     keep_heads_in_float32(model)
     return model
 
@@ -179,15 +182,24 @@ def _load_modules(cls: type[SentenceTransformer], source: Source, settings: Sett
         processor_kwargs=dict(settings.processor_kwargs),
     )
     if settings.pooling_mode is not None:
-        poolings = pooling_modules(model)
-        if len(poolings) != 1:
-            raise ArgumentError(
-                f"pooling_mode: this model has {len(poolings)} Pooling modules; it must have one to be set."
-            )
-        if isinstance(poolings[0].pooling_mode, tuple):
-            raise ArgumentError("pooling_mode: this model concatenates several modes; one alone changes its dimension.")
-        poolings[0].pooling_mode = settings.pooling_mode
+        set_pooling(model, settings.pooling_mode)
     return model
+
+
+def set_pooling(model: SentenceTransformer, mode: str) -> None:
+    """Give the model's one Pooling module another mode.
+
+    Raises:
+        ArgumentError: there are several, or one that concatenates modes.
+    """
+    poolings = pooling_modules(model)
+    if len(poolings) != 1:
+        raise ArgumentError(
+            f"pooling_mode: this model has {len(poolings)} Pooling modules; it must have one to be set."
+        )
+    if isinstance(poolings[0].pooling_mode, tuple):
+        raise ArgumentError("pooling_mode: this model concatenates several modes; one alone changes its dimension.")
+    poolings[0].pooling_mode = mode
 
 
 def _load_bare(cls: type[SentenceTransformer], source: Source, settings: Settings) -> SentenceTransformer:
@@ -211,9 +223,17 @@ def sentence_modules(transformer: Transformer, pooling_mode: str | None) -> list
 
 def wrap_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, base: str) -> Transformer:
     """A genuine Transformer module around a backbone that is in memory already; `base` gives its config only."""
+    source = getattr(unwrapped(backbone), "load_source", None)
+    hub = source.hub if source is not None and source.name == base else {}
     # The skeleton on the meta device costs no memory; its weights are never read.
     with torch.random.fork_rng(devices=[]):
-        transformer = Transformer(base, model_kwargs={"device_map": "meta"}, **_TEXT_ONLY)
+        transformer = Transformer(
+            base,
+            model_kwargs={**hub, "device_map": "meta"},
+            processor_kwargs=dict(hub),
+            config_kwargs=dict(hub),
+            **_TEXT_ONLY,
+        )
     transformer.model = backbone
     transformer.processor = tokenizer
     return transformer
@@ -245,7 +265,7 @@ def load_backbone(
         backbone.to(settings.device)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
-    remember_checkpoint(backbone, config)
+    remember_checkpoint(backbone, source)
     return backbone, tokenizer
 
 
@@ -265,22 +285,27 @@ def _takes(auto_model: Any, config: PretrainedConfig, argument: str) -> bool:
     return inspect.isclass(cls) and argument in inspect.signature(cls.__init__).parameters
 
 
-def remember_checkpoint(backbone: nn.Module, config: PretrainedConfig) -> None:
+def remember_checkpoint(backbone: nn.Module, source: Source) -> None:
     """Note on the instance what the checkpoint was, before anything is changed: saves and merges return to it."""
-    dtype = getattr(config, "dtype", None)
-    stored = _stored_dtype(config) or (dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    backbone.checkpoint_dtype = stored
+    backbone.checkpoint_dtype = _stored_dtype(source)
+    backbone.load_source = source
     backbone.checkpoint_vocabulary = backbone.get_input_embeddings().num_embeddings
 
 
-def _stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype that the checkpoint's own config.json names; the loaded config names the one it was loaded in."""
-    path = Path(config._name_or_path) / "config.json" if config._name_or_path else None
-    if path is None or not path.is_file():
-        return None
-    written = read_json(path)
+def _stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of the checkpoint's own weights; the loaded config names the one they were loaded in."""
+    path = source.find("config.json")
+    written = read_json(path) if path else {}
     name = written.get("dtype") or written.get("torch_dtype")
-    return getattr(torch, name, None) if isinstance(name, str) else None
+    if isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    weights = source.find("model.safetensors")
+    if weights is None:
+        return torch.float32
+    with safe_open(weights, framework="pt") as file:
+        dtypes = {_SAFETENSORS_DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+    halves = dtypes & {torch.float16, torch.bfloat16}
+    return torch.float32 if torch.float32 in dtypes or not halves else halves.pop()
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -326,21 +351,23 @@ def local_folder(source: Source) -> Path:
     return Path(folder)
 
 
-def saved_tokenizer(folder: Path, backbone: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def saved_tokenizer(
+    folder: Path, backbone: PreTrainedModel, processor_kwargs: Mapping[str, Any]
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside an adapter, with the backbone's embeddings grown to the tokens it added; or None."""
     if not (folder / "tokenizer_config.json").exists():
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **processor_kwargs)
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         # The rows are read from the adapter file next; averaging the old ones to fill them would be wasted.
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return tokenizer
 
 
-def replace_saved_modules(model: SentenceTransformer, folder: Path) -> None:
+def replace_saved_modules(model: SentenceTransformer, folder: Path, processor_kwargs: Mapping[str, Any]) -> None:
     """Give `model`, loaded from an adapter's base, the tokenizer and the heads that were saved beside the adapter."""
     for transformer in transformer_modules(model):
-        transformer.processor = saved_tokenizer(folder, transformer.model) or transformer.processor
+        transformer.processor = saved_tokenizer(folder, transformer.model, processor_kwargs) or transformer.processor
     if not (folder / "modules.json").exists():
         return
     entries = read_json(folder / "modules.json")

@@ -68,8 +68,9 @@ def _restore_backbone(backbone: nn.Module, folder: Path) -> None:
         saved, live = kinds if adapter.exists() else kinds[::-1]
         raise ModelError(f"{folder} holds {saved}, but the model here trains {live}; set it up as in the first run.")
     if not adapted:
-        saved_backbone = type(backbone).from_pretrained(folder, dtype=backbone.dtype)
-        _load_exactly(backbone, saved_backbone.state_dict(), folder)
+        saved = type(backbone).from_pretrained(folder, dtype=backbone.dtype).state_dict()
+        # The class may build a pooler that this model was loaded without; the checkpoint then has none either.
+        _load_exactly(backbone, {name: saved[name] for name in backbone.state_dict() if name in saved}, folder)
         return
     try:
         result = set_peft_model_state_dict(backbone, load_file(adapter))

@@ -41,7 +41,8 @@ class CompileCallback(TrainerCallback, ExportableState):
 
     def prepare(self, trainer: "SentenceTransformerTrainer", checkpoint: Path | None) -> None:
         """Decide, or take over a checkpoint's decision; print it; compile the encoder layers or leave them."""
-        self.decision = _stored(checkpoint) or self._decide(trainer)
+        stored = _stored(checkpoint) if self.mode == "auto" and not getattr(trainer.model, "packs", False) else None
+        self.decision = stored or self._decide(trainer)
         print(f"compile: {self.decision.reason}", flush=True)
         for transformer in transformer_modules(trainer.model):
             if self.decision.compile:

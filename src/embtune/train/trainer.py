@@ -47,6 +47,9 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
     ) -> None:
         args = SentenceTransformerTrainingArguments("tmp_trainer") if args is None else args
         columns = getattr(args, "columns", None)
+        if columns and isinstance(args.prompts, dict):
+            # Prompts may be keyed by the data's own column names, which are roles from here on.
+            args.prompts = {columns.get(name, name): prompt for name, prompt in args.prompts.items()}
         train_dataset = _with_roles(train_dataset, columns, "train_dataset")
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
         super().__init__(
