@@ -384,3 +384,11 @@ def test_arguments_hold_for_adapter_folders_too(tmp_path: Path, tiny_dir: TinyDi
     model = load(tmp_path, pooling_mode="cls", processor_kwargs={"padding_side": "left"})
     assert model[1].pooling_mode == "cls"
     assert model.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("model_type", IN_DEPTH)
+def test_single_layers_can_be_adapted(model_type: str, tiny_dir: TinyDir) -> None:
+    model = FastSentenceTransformer.get_peft_model(load(tiny_dir(model_type)), layers_to_transform=1)
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {name.rpartition(".")[2] for name in adapted} == set(FAMILIES[model_type].lora_targets)
+    assert all(".1." in name for name in adapted)

@@ -14,10 +14,10 @@ from embtune.errors import ArgumentError
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success its entries replace those of the same name in `target`.
+    """Yield an empty folder beside `target`, which becomes `target` in one step once the block ends well.
 
-    On any exception nothing of `target` changes and the temporary folder is removed. Entries of `target` that the
-    new folder lacks stay, as with an ordinary save into an existing folder.
+    On any exception nothing of `target` changes and the temporary folder is removed. Where `target` exists, its entries
+    of the same name are replaced one by one at the end, and others stay, as with an ordinary save into a folder.
 
     Raises:
         ArgumentError: `target` exists and is a file.

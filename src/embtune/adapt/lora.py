@@ -1,6 +1,7 @@
 """LoRA through PEFT: which layers are adapted, with which settings, and a wrapper that saves whole models."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,8 @@ def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEnc
     if isinstance(backbone, PeftModelForFeatureExtraction) or getattr(backbone, "_hf_peft_config_loaded", False):
         raise ModelError("This model has an adapter already; load the base again, or merge it first.")
     targets = resolve_targets(backbone, settings.target_modules)
-    layers = settings.layers_to_transform
-    _check_layers(backbone, layers)
+    if settings.layers_to_transform is not None:
+        targets = _within_layers(backbone, targets, settings.layers_to_transform)
     _check_modules_to_save(backbone, settings.modules_to_save)
     if settings.loftq_config and is_quantised(backbone):
         raise ArgumentError("loftq_config: LoftQ starts from unquantised weights; load without load_in_4bit/8bit.")
@@ -179,7 +180,6 @@ def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEnc
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
         loftq_config=loftq if isinstance(loftq, LoftQConfig) else (LoftQConfig(**loftq) if loftq else {}),
-        layers_to_transform=list(layers) if isinstance(layers, Sequence) else layers,
         modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
     )
     with seeded(settings.random_state, backbone.device):
@@ -259,13 +259,22 @@ def linear_names(backbone: nn.Module) -> set[str]:
     }
 
 
-def _check_layers(backbone: nn.Module, layers: int | Sequence[int] | None) -> None:
-    if layers is None:
-        return
+def _within_layers(backbone: nn.Module, targets: str | list[str], layers: int | Sequence[int]) -> list[str]:
+    """The full names of the targets inside the chosen layers.
+
+    PEFT's own `layers_to_transform` finds no layers that stand at the root of a model, as ModernBERT's and Qwen3's do.
+    """
+    chosen = [layers] if isinstance(layers, int) else list(layers)
     count = len(encoder_layers(backbone))
-    wrong = [index for index in ([layers] if isinstance(layers, int) else layers) if not 0 <= index < count]
-    if wrong:
+    if wrong := [index for index in chosen if not 0 <= index < count]:
         raise ArgumentError(f"layers_to_transform: there is no layer {wrong}; this model has layers 0 to {count - 1}.")
+    inside = {id(module) for index in chosen for module in encoder_layers(backbone)[index].modules()}
+    names = [
+        name for name, module in backbone.named_modules() if id(module) in inside and isinstance(module, nn.Linear)
+    ]
+    if isinstance(targets, str):
+        return names if targets == "all-linear" else [name for name in names if re.fullmatch(targets, name)]
+    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
 def _check_modules_to_save(backbone: nn.Module, names: Sequence[str] | None) -> None:
@@ -278,4 +287,4 @@ def _check_modules_to_save(backbone: nn.Module, names: Sequence[str] | None) -> 
 def vocabulary_was_resized(backbone: PreTrainedModel) -> bool:
     """Whether tokens were added since the checkpoint was loaded."""
     loaded = getattr(backbone, "checkpoint_vocabulary", None)
-    return loaded is not None and backbone.get_input_embeddings().num_embeddings != loaded
+    return loaded is not None and backbone.get_input_embeddings().weight.shape[0] != loaded

@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,5 +109,3 @@ class LoadNotes:
     """Whether the model was loaded for inference only."""
     gradient_checkpointing: bool | str | None = False
     """What was asked for at loading; `get_peft_model` follows it unless told otherwise."""
-    remarks: list[str] = field(default_factory=list)
-    """Further remarks, one line each."""

@@ -289,7 +289,7 @@ def remember_checkpoint(backbone: nn.Module, source: Source) -> None:
     """Note on the instance what the checkpoint was, before anything is changed: saves and merges return to it."""
     backbone.checkpoint_dtype = _stored_dtype(source)
     backbone.load_source = source
-    backbone.checkpoint_vocabulary = backbone.get_input_embeddings().num_embeddings
+    backbone.checkpoint_vocabulary = backbone.get_input_embeddings().weight.shape[0]
 
 
 def _stored_dtype(source: Source) -> torch.dtype:

@@ -47,7 +47,6 @@ def explain_model(model: SentenceTransformer, engine: Engine, notes: LoadNotes |
     trained = trainable_parameters(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows.append(("trained", f"{trained:,} of {total:,} numbers", _why_trained(model, notes)))
-    rows += [("note", remark, "") for remark in (notes.remarks if notes else [])]
     return Explanation(tuple(rows))
 
 
