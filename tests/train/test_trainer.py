@@ -302,7 +302,7 @@ def test_training_that_would_change_nothing_is_refused(tiny_dir: TinyDir, tmp_pa
 def test_the_compile_decision_is_stored_and_kept(
     tiny_dir: TinyDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = load(tiny_dir("bert"))
+    model = load(tiny_dir("bert"), engine="reference")
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     trainer = SentenceTransformerTrainer(
         model=model, args=args, train_dataset=pairs(), loss=MultipleNegativesRankingLoss(model)
