@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from embtune.accelerate.breakeven import CompileDecision, decide
-from embtune.accelerate.compiling import compile_layers, layer_parameters, uncompile_layers
+from embtune.accelerate.compiling import compile_layers, has_dropout, layer_parameters, uncompile_layers
 from embtune.files import read_json
 from embtune.models.checkpointing import describe_gradient_checkpointing
 from embtune.models.families import encoder_layers
@@ -63,7 +62,7 @@ class CompileCallback(TrainerCallback, ExportableState):
             trainable="full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
             checkpointing=any(describe_gradient_checkpointing(backbone) != "off" for backbone in backbones),
             dtype=model.dtype,
-            dropout=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
+            dropout=any(has_dropout(backbone) for backbone in backbones),
             layers=sum(len(encoder_layers(backbone)) for backbone in backbones),
             threads=torch.get_num_threads(),
         )
