@@ -1,5 +1,7 @@
 """Small random models and tokenizers of real architectures, built from transformers configs."""
 
+import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,7 +11,8 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.normalizers import BertNormalizer
 
 VOCABULARY = 600
 HIDDEN = 32
@@ -31,15 +34,18 @@ TEXTS = [
 ]
 
 
+def _pieces(normalise: Callable[[str], str]) -> tuple[list[str], list[str]]:
+    """Characters and words of the texts, in a fixed order: the trainers of WordPiece and Unigram differ by the run."""
+    words = sorted({word for text in TEXTS for word in re.findall(r"\w+|[^\w\s]", normalise(text))})
+    return sorted({character for word in words for character in word}), [word for word in words if len(word) > 1]
+
+
 @cache
 def wordpiece() -> transformers.PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    characters, words = _pieces(BertNormalizer(lowercase=True).normalize_str)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return transformers.BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=True)
+    vocabulary = [*specials, *characters, *(f"##{character}" for character in characters), *words[::2]]
+    return transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, do_lower_case=True)
 
 
 def _byte_bpe(specials: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -53,8 +59,6 @@ def _byte_bpe(specials: list[str]) -> tuple[dict[str, int], list[tuple[str, str]
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
@@ -81,17 +85,11 @@ def qwen_bpe() -> transformers.PreTrainedTokenizerFast:
 
 @cache
 def unigram() -> transformers.PreTrainedTokenizerFast:
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=specials, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    import json
-
-    pieces = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    return transformers.XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)])
+    characters, words = _pieces(str)
+    pieces = [(piece, -3.0) for piece in ["▁", *(f"▁{word}" for word in words[::2])]]
+    pieces += [(character, -6.0) for character in characters]
+    specials = [(special, 0.0) for special in ("<s>", "<pad>", "</s>", "<unk>")]
+    return transformers.XLMRobertaTokenizer(vocab=[*specials, *pieces, ("<mask>", 0.0)])
 
 
 _ENCODER = {

@@ -23,6 +23,8 @@ PAIRS = {"anchor": ANCHORS, "positive": POSITIVES}
 TRIPLETS = {**PAIRS, "negative": NEGATIVES}
 SCORED = {"sentence1": ANCHORS, "sentence2": POSITIVES, "score": [i / ROWS for i in range(ROWS)]}
 MARKED = {"sentence1": ANCHORS, "sentence2": POSITIVES, "label": [i % 2 for i in range(ROWS)]}
+# Negatives as near as can be and positives as far: the loss looks at nothing but pairs on the wrong side of the others.
+HARD = {**PAIRS, "positive": [text if i % 2 else POSITIVES[i] for i, text in enumerate(ANCHORS)], "label": [1, 0] * 3}
 CLASSES = {"sentence": ANCHORS + POSITIVES, "label": [0, 1, 2] * 4}
 SINGLE = {"text": ANCHORS, "label": [[0.1 * i + j / 32 for j in range(32)] for i in range(ROWS)]}
 MARGINS = {**TRIPLETS, "label": [0.1 * i for i in range(ROWS)]}
@@ -62,7 +64,7 @@ CASES: dict[str, Case] = {
     "MatryoshkaLoss": (TRIPLETS, lambda m, _: losses.MatryoshkaLoss(m, mnrl(m), [32, 16, 8])),
     "MegaBatchMarginLoss": (PAIRS, lambda m, _: losses.MegaBatchMarginLoss(m, mini_batch_size=3)),
     "MultipleNegativesRankingLoss": (TRIPLETS, lambda m, _: mnrl(m)),
-    "OnlineContrastiveLoss": (MARKED, lambda m, _: losses.OnlineContrastiveLoss(m)),
+    "OnlineContrastiveLoss": (HARD, lambda m, _: losses.OnlineContrastiveLoss(m)),
     "SoftmaxLoss": (MARKED, lambda m, _: losses.SoftmaxLoss(m, 32, num_labels=2)),
     "TripletLoss": (TRIPLETS, lambda m, _: losses.TripletLoss(m)),
 }
