@@ -14,7 +14,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from embtune.errors import ArgumentError
-from embtune.export.card import DataFacts, MetricChange, add_section, describe_training, write_card
+from embtune.export.card import DataFacts, MetricChange, add_section, describe_training
 
 SETTINGS = {
     "lora_r": 16,
@@ -34,6 +34,11 @@ METRICS = {
 @pytest.fixture
 def model(tiny_dir: Callable[..., Path]) -> SentenceTransformer:
     return SentenceTransformer(str(tiny_dir("bert")), device="cpu")
+
+
+def _card(model: SentenceTransformer, folder: Path) -> str:
+    model.save_pretrained(str(folder))
+    return (folder / "README.md").read_text()
 
 
 def test_card_tells_settings_data_metrics_and_loading(model: SentenceTransformer, tmp_path: Path) -> None:
@@ -59,7 +64,7 @@ def test_second_description_replaces_the_first(model: SentenceTransformer, tmp_p
     describe_training(
         model, settings={"lora_r": 8}, metrics={"held-out": {"ndcg@10": MetricChange(0.1, 0.2)}}, library_tag=False
     )
-    card = ModelCard(write_card(model, tmp_path).read_text())
+    card = ModelCard(_card(model, tmp_path))
     assert "- `lora_r`: 8\n" in card.text
     assert "- `lora_r`: 16\n" not in card.text
     assert "0.2000 (before: 0.1000" in card.text
@@ -71,7 +76,7 @@ def test_local_base_is_named_without_its_path(model: SentenceTransformer, tmp_pa
     base = tmp_path / "private-folder" / "my-base"
     base.mkdir(parents=True)
     describe_training(model, settings={}, base_model=str(base))
-    text = write_card(model, tmp_path).read_text()
+    text = _card(model, tmp_path)
     assert "- `base_model`: my-base\n" in text
     assert "private-folder" not in text
     assert ModelCard(text).data.base_model is None
@@ -83,7 +88,7 @@ def test_values_that_would_break_the_page_or_its_metadata(model: SentenceTransfo
         settings={"note": "two\nlines --- : [", "targets": {"b", "a"}},
         metrics={"a: b\n- c": {"x: [y": MetricChange(0.0, 1.0)}},
     )
-    card = ModelCard(write_card(model, tmp_path).read_text())
+    card = ModelCard(_card(model, tmp_path))
     assert "- `note`: two lines --- : [\n- `targets`: a, b\n" in card.text
     assert card.data.eval_results[0].metric_type == "x: [y"
 
@@ -111,7 +116,7 @@ def test_trainers_own_notes_stay(model: SentenceTransformer, tmp_path: Path) -> 
 
 def test_added_section_stands_before_the_training(model: SentenceTransformer, tmp_path: Path) -> None:
     describe_training(model, settings={"lora_r": 4})
-    write_card(model, tmp_path)
+    _card(model, tmp_path)
     add_section(tmp_path, "Quantisation", "Eight bits.")
     text = (tmp_path / "README.md").read_text()
     assert "\n\n## Quantisation\n\nEight bits.\n\n## Training Details\n" in text

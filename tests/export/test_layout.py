@@ -12,8 +12,7 @@ from sentence_transformers.util import import_from_string
 from tiny import HIDDEN, TEXTS, roberta_bpe, tiny_config
 from torch import Tensor, nn
 
-from embtune.errors import ArgumentError
-from embtune.export.layout import make_compatible, refuse_contradictions, with_legacy_keys
+from embtune.export.layout import make_compatible, with_legacy_keys
 
 
 class Doubled(Module):
@@ -184,13 +183,3 @@ def test_legacy_keys_of_rotary_models() -> None:
     assert qwen["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert transformers.AutoConfig.for_model(**qwen).rope_parameters == scaled
     assert with_legacy_keys(_written_config("bert")) == _written_config("bert")
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin", "model-00001-of-00002.safetensors"])
-def test_contradictory_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    refuse_contradictions(tmp_path / "missing", {"model.safetensors"})
-    (tmp_path / "model.safetensors").touch()
-    refuse_contradictions(tmp_path, {"model.safetensors"})
-    (tmp_path / name).touch()
-    with pytest.raises(ArgumentError, match=f"already holds {name}.*Save into another folder"):
-        refuse_contradictions(tmp_path, {"model.safetensors"})

@@ -190,11 +190,14 @@ def test_large_models_are_sharded(
     stored = sum(t.nbytes for path in folder.glob("*.safetensors") for t in load_file(path).values())
     assert index["metadata"]["total_size"] == stored
     np.testing.assert_allclose(_embeddings(_load(folder)), _embeddings(model.eval()), atol=1e-5)
-    # Shards and a single file contradict each other, in either order.
-    monkeypatch.undo()
-    with pytest.raises(ArgumentError, match="model-00001-of-"):
+    # A single file, other shards and shards again replace one another; no shard of an earlier save stays.
+    for size in (10**9, 20_000, 40_000):
+        monkeypatch.setattr(merged, "_SHARD_BYTES", size)
         save_merged(model, folder)
-    assert "model.safetensors.index.json" in {path.name for path in folder.iterdir()}
+        index = folder / "model.safetensors.index.json"
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        assert {path.name for path in folder.glob("*.safetensors")} == weights
+        assert (len(weights) > 1) == (size < 10**9)
 
 
 def test_a_failed_comparison_leaves_nothing_behind(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:

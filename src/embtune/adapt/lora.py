@@ -1,21 +1,22 @@
 """LoRA through PEFT: which layers are adapted, with which settings, and a wrapper that saves whole models."""
 
-import difflib
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoftQConfig, LoraConfig, PeftModel, PeftModelForFeatureExtraction, TaskType
+from peft import LoftQConfig, LoraConfig, PeftConfig, PeftModel, PeftModelForFeatureExtraction, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
 from embtune.adapt.merge import iter_merged_tensors
 from embtune.adapt.quantised import is_quantised
+from embtune.adapt.saving import save_adapter, save_encoder
+from embtune.adapt.targets import pooler_layers, resolve_modules_to_save, resolve_targets, within_layers
 from embtune.errors import ArgumentError, ModelError
-from embtune.models.families import encoder_layers, family_of
 from embtune.runtime import seeded
 
 
@@ -83,6 +84,8 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
         The sum is taken in float32. The encoder then has the dtype of the checkpoint that it was loaded from, float32
         after a quantised base. Calling it twice is harmless.
 
+        The encoder's `save_pretrained` is `save_encoder`: it refuses the folder of an adapter.
+
         Raises:
             ArgumentError: `adapter_names` names other adapters than the active ones.
         """
@@ -101,31 +104,28 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
             encoder = self.base_model.merge_and_unload(progressbar=progressbar, safe_merge=safe_merge)
             encoder.to(checkpoint_dtype)
         self.merged = True
+        # On the instance, so that its class, which is written into its config, stays transformers' own.
+        vars(encoder)["save_pretrained"] = partial(save_encoder, encoder)
         return encoder
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write the adapter, or the whole encoder once it is merged.
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
+        """Write the adapter, or the whole encoder once it is merged; atomic, and read back before it appears.
+
+        Args:
+            save_directory: may hold an earlier save of the same kind, which is replaced.
+            safe_serialization: only True.
+            options: PEFT's own, or transformers' once the adapter is merged.
 
         Raises:
             ArgumentError: the folder holds a sentence-transformers model, or files of the other kind.
+            ExportError: the files, read back, are not what is in memory; nothing is left behind.
         """
-        folder = Path(save_directory)
+        options["safe_serialization"] = safe_serialization
         if self.merged:
-            _refuse_other_kind(folder, "adapter_config.json", "an adapter")
-            _refuse_other_kind(folder, "modules.json", "a sentence-transformers model")
-            self.get_base_model().save_pretrained(folder, *args, **kwargs)
-            return
-        _refuse_other_kind(folder, "model.safetensors", "a whole model")
-        kwargs.setdefault("save_embedding_layers", self.resized_vocabulary)
-        super().save_pretrained(str(folder), *args, **kwargs)
-
-
-def _refuse_other_kind(folder: Path, witness: str, kind: str) -> None:
-    if (folder / witness).exists():
-        raise ArgumentError(
-            f"{folder} already holds {kind} ({witness}); the two would contradict each other on loading. "
-            "Save into another folder."
-        )
+            save_encoder(self.get_base_model(), save_directory, **options)
+        else:
+            options.setdefault("save_embedding_layers", self.resized_vocabulary)
+            save_adapter(self, save_directory, **options)
 
 
 def _replace_quantised(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -163,8 +163,8 @@ def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEnc
         raise ModelError("This model has an adapter already; load the base again, or merge it first.")
     targets = resolve_targets(backbone, settings.target_modules)
     if settings.layers_to_transform is not None:
-        targets = _within_layers(backbone, targets, settings.layers_to_transform)
-    _check_modules_to_save(backbone, settings.modules_to_save)
+        targets = within_layers(backbone, targets, settings.layers_to_transform)
+    saved_whole = resolve_modules_to_save(backbone, settings.modules_to_save or ())
     if settings.loftq_config and is_quantised(backbone):
         raise ArgumentError("loftq_config: LoftQ starts from unquantised weights; load without load_in_4bit/8bit.")
     loftq = settings.loftq_config or {}
@@ -174,13 +174,13 @@ def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEnc
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
-        exclude_modules=_pooler_layers(backbone, targets),
+        exclude_modules=pooler_layers(backbone, targets),
         bias=settings.bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
         loftq_config=loftq if isinstance(loftq, LoftQConfig) else (LoftQConfig(**loftq) if loftq else {}),
-        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+        modules_to_save=saved_whole or None,
     )
     with seeded(settings.random_state, backbone.device):
         try:
@@ -198,90 +198,20 @@ def continue_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool
         ModelError: the folder holds another kind of adapter, or weights that do not fit the base.
     """
     try:
-        adapted = PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, OSError) as error:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.task_type is None:  # what a plain `get_peft_model` leaves there
+            config.task_type = TaskType.FEATURE_EXTRACTION
+        with warnings.catch_warnings():
+            # PEFT goes on with untrained layers where the names in the file are those of another class.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable, config=config)
+    except (RuntimeError, ValueError, OSError, UserWarning) as error:
         raise ModelError(f"The adapter in {folder} does not fit its base model: {error}") from error
     if type(adapted) is not PeftModelForFeatureExtraction or not isinstance(adapted.active_peft_config, LoraConfig):
         raise ModelError(f"{folder} holds no LoRA adapter for feature extraction; embtune continues those only.")
     adapted.__class__ = AdaptedEncoder
     adapted.resized_vocabulary = vocabulary_was_resized(backbone)
     return adapted
-
-
-def resolve_targets(backbone: PreTrainedModel, requested: str | Sequence[str] | None) -> str | list[str]:
-    """The `target_modules` for PEFT: the family's own, or those asked for once each is known to exist.
-
-    Raises:
-        ArgumentError: a name matches no linear layer outside the pooler; the message lists the names there are.
-    """
-    available = linear_names(backbone)
-    if requested is None:
-        family = family_of(backbone.config)
-        return [name for name in family.lora_targets if name in available] if family else sorted(available)
-    if isinstance(requested, str):
-        return requested
-    targets = list(requested)
-    modules = [name for name, _ in backbone.named_modules() if not name.startswith("pooler")]
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
-    if missing or not targets:
-        hints = [f"{name} → {close[0]}" for name in missing if (close := difflib.get_close_matches(name, available, 1))]
-        hint = f" Did you mean {', '.join(hints)}?" if hints else ""
-        raise ArgumentError(
-            f"target_modules={targets}: outside its pooler {type(backbone).__name__} has no layer named "
-            f"{', '.join(missing) or '(none given)'}. Its linear layers are: {', '.join(sorted(available))}.{hint}"
-        )
-    return targets
-
-
-def _pooler_layers(backbone: nn.Module, targets: str | list[str]) -> list[str] | None:
-    """The layers of the pooler that `targets` would match.
-
-    The pooler feeds nothing that a sentence embedding uses: an adapter there gets no gradient, and distributed
-    training does not survive a parameter without one.
-    """
-    pooler = [
-        name
-        for name, module in backbone.named_modules()
-        if name.partition(".")[0] == "pooler" and isinstance(module, nn.Linear)
-    ]
-    if isinstance(targets, str):
-        return pooler if pooler and targets == "all-linear" else None
-    return [name for name in pooler if name.rpartition(".")[2] in targets] or None
-
-
-def linear_names(backbone: nn.Module) -> set[str]:
-    """Last name components of the linear layers inside the encoder layers, quantised ones included."""
-    return {
-        name.rpartition(".")[2]
-        for layer in encoder_layers(backbone)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def _within_layers(backbone: nn.Module, targets: str | list[str], layers: int | Sequence[int]) -> list[str]:
-    """The full names of the targets inside the chosen layers.
-
-    PEFT's own `layers_to_transform` finds no layers that stand at the root of a model, as ModernBERT's and Qwen3's do.
-    """
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    count = len(encoder_layers(backbone))
-    if wrong := [index for index in chosen if not 0 <= index < count]:
-        raise ArgumentError(f"layers_to_transform: there is no layer {wrong}; this model has layers 0 to {count - 1}.")
-    inside = {id(module) for index in chosen for module in encoder_layers(backbone)[index].modules()}
-    names = [
-        name for name, module in backbone.named_modules() if id(module) in inside and isinstance(module, nn.Linear)
-    ]
-    if isinstance(targets, str):
-        return names if targets == "all-linear" else [name for name in names if re.fullmatch(targets, name)]
-    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
-
-
-def _check_modules_to_save(backbone: nn.Module, names: Sequence[str] | None) -> None:
-    endings = {part for name, _ in backbone.named_modules() for part in (name, name.rpartition(".")[2])}
-    missing = [name for name in names or () if name not in endings]
-    if missing:
-        raise ArgumentError(f"modules_to_save: the model has no module named {', '.join(missing)}.")
 
 
 def vocabulary_was_resized(backbone: PreTrainedModel) -> bool:

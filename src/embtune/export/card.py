@@ -12,9 +12,9 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model_card import generate_model_card
 
 from embtune.errors import ArgumentError
+from embtune.evaluate.compare import Comparison
 
 LIBRARY_TAG = "embtune"
 
@@ -43,6 +43,14 @@ class MetricChange:
         interval = "" if self.low is None else f", 95% interval {self.low:+.4f} to {self.high:+.4f}"
         # The value comes first: sentence-transformers reads it as the number for the card's metadata.
         return f"{self.after:.4f} (before: {self.before:.4f}, change {change}{interval})"
+
+
+def metric_changes(comparison: Comparison) -> dict[str, MetricChange]:
+    """The metrics of a comparison as the card lists them."""
+    return {
+        metric: MetricChange(change.before, change.after, change.low, change.high)
+        for metric, change in comparison.metrics.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -130,17 +138,6 @@ def describe_training(
         for name, changes in (metrics or {}).items()
     }
     card.eval_results_dict = {**compared, **kept}
-
-
-def write_card(model: SentenceTransformer, folder: str | Path) -> Path:
-    """Write the card of a described model to `folder`/README.md, replacing one that is there.
-
-    Unlike a save by sentence-transformers, which logs a failure and goes on without a card, this one raises it.
-    """
-    model.model_card_data.save_dir = str(folder)
-    path = Path(folder) / "README.md"
-    path.write_text(generate_model_card(model), encoding="utf-8")
-    return path
 
 
 def add_section(folder: str | Path, title: str, text: str) -> None:

@@ -1,8 +1,5 @@
 """GGUF files for llama.cpp and what is built on it (Ollama, LM Studio), written tensor by tensor."""
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -15,12 +12,13 @@ from gguf import (
     GGMLQuantizationType,
     GGUFType,
     GGUFWriter,
+    Keys,
     LlamaFileType,
     PoolingType,
     get_tensor_name_map,
 )
 from gguf.quants import quantize
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from embtune.adapt.merge import bare_model, merged_tensors
@@ -32,7 +30,9 @@ from embtune.export.gguf_architecture import (
     tensor_name,
     usable_positions,
 )
+from embtune.export.gguf_check import PlannedTensor, check_gguf
 from embtune.export.gguf_vocabulary import add_vocabulary
+from embtune.files import atomic_files
 
 # quantization -> (type of the large matrices, type of the file as its metadata states it)
 _TYPES = {
@@ -50,22 +50,6 @@ _LARGEST = {GGMLQuantizationType.F16: 65504.0, GGMLQuantizationType.Q8_0: 65504.
 
 # Added to activations rather than multiplied with them, which llama.cpp does in float32.
 _FLOAT32_TABLES = ("position_embd.weight", "token_types.weight")
-
-
-@dataclass(frozen=True)
-class _PlannedTensor:
-    """One tensor of the file: all but its value is known before the first is computed."""
-
-    name: str
-    """Its name in the file."""
-    shape: tuple[int, ...]
-    """Its shape in the file, rows first."""
-    stored_as: GGMLQuantizationType
-    """How its numbers are encoded."""
-    rows: slice
-    """The rows that are kept."""
-    compute: Callable[[], Tensor]
-    """Compute the merged value, in float32."""
 
 
 def write_gguf(
@@ -86,7 +70,8 @@ def write_gguf(
     The file holds the backbone, the tokenizer and the pooling mode. GGUF has no place for normalisation, prompts,
     Dense modules or a truncated dimension: a client normalises, puts prompts before the text, and cuts texts longer
     than the maximum length (keeping the closing token) itself. One tensor is in memory at a time, and the file appears
-    at `path` only when it is whole.
+    at `path` only when it is whole and was read back: its metadata are those written, and each tensor is the model's
+    within the rounding of its type.
 
     Args:
         backbone: a transformers model, plain, quantised or with PEFT adapters.
@@ -107,14 +92,13 @@ def write_gguf(
 
     Raises:
         ArgumentError: `quantization`, `max_seq_length` or `path` cannot be honoured.
-        ExportError: llama.cpp cannot compute this model's embeddings, or its numbers do not fit the type.
+        ExportError: llama.cpp cannot compute this model's embeddings, its numbers do not fit the type, or the file,
+            read back, does not hold the model; nothing is left behind.
         ModelError: `backbone` is no transformers model, or its adapters cannot be merged.
     """
     path = Path(path)
     if path.is_dir():
         raise ArgumentError(f"path={path} is a folder; give the name of a file, such as {path / 'model.gguf'}.")
-    if path.parent.is_file():
-        raise ArgumentError(f"path={path} cannot be written: {path.parent} is a file, not a folder.")
     if quantization not in _TYPES:
         raise ArgumentError(_refused_quantization(quantization))
     if pooling_mode not in _POOLING:
@@ -125,9 +109,9 @@ def write_gguf(
     architecture = gguf_architecture(config)
     context_length = _context_length(config, max_seq_length)
     wanted, file_type = _TYPES[quantization]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
-        writer = GGUFWriter(Path(staging) / path.name, architecture)
+    planned = _plan(backbone, config, architecture, context_length, wanted)
+    with atomic_files(path.parent) as staging:
+        writer = GGUFWriter(staging / path.name, architecture)
         writer.add_type(GGUFType.MODEL)
         _add_authorship(writer, name or path.stem, author, license, base_model)
         writer.add_file_type(file_type)
@@ -135,8 +119,16 @@ def write_gguf(
         add_hyperparameters(writer, config, context_length)
         writer.add_pooling_type(_POOLING[pooling_mode])
         add_vocabulary(writer, tokenizer, config.vocab_size)
-        _write(writer, _plan(backbone, config, architecture, context_length, wanted))
-        (Path(staging) / path.name).replace(path)
+        _write(writer, planned)
+        metadata = {
+            Keys.General.ARCHITECTURE: architecture,
+            Keys.General.FILE_TYPE: file_type,
+            Keys.LLM.BLOCK_COUNT.format(arch=architecture): config.num_hidden_layers,
+            Keys.LLM.CONTEXT_LENGTH.format(arch=architecture): context_length,
+            Keys.LLM.EMBEDDING_LENGTH.format(arch=architecture): config.hidden_size,
+            Keys.LLM.POOLING_TYPE.format(arch=architecture): _POOLING[pooling_mode],
+        }
+        check_gguf(staging / path.name, metadata, planned)
     return path
 
 
@@ -173,7 +165,7 @@ def _add_authorship(
 
 def _plan(
     backbone: nn.Module, config: PretrainedConfig, architecture: str, context_length: int, wanted: GGMLQuantizationType
-) -> list[_PlannedTensor]:
+) -> list[PlannedTensor]:
     """The file's tensors in order: GGUF lists all names, shapes and types before the first number."""
     key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(key, config.num_hidden_layers)
@@ -184,7 +176,7 @@ def _plan(
             continue
         rows = kept_rows(config, tensor.name, context_length)
         shape = (len(range(*rows.indices(tensor.shape[0]))), *tensor.shape[1:])
-        planned.append(_PlannedTensor(name, shape, _stored_as(name, shape, wanted), rows, tensor.compute))
+        planned.append(PlannedTensor(name, shape, _stored_as(name, shape, wanted), rows, tensor.compute))
     return planned
 
 
@@ -195,7 +187,7 @@ def _stored_as(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) 
     return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
-def _write(writer: GGUFWriter, planned: list[_PlannedTensor]) -> None:
+def _write(writer: GGUFWriter, planned: list[PlannedTensor]) -> None:
     for tensor in planned:
         block, size = GGML_QUANT_SIZES[tensor.stored_as]
         nbytes = prod(tensor.shape) // block * size
@@ -210,8 +202,8 @@ def _write(writer: GGUFWriter, planned: list[_PlannedTensor]) -> None:
         writer.close()
 
 
-def _encoded(tensor: _PlannedTensor) -> np.ndarray:
-    values = tensor.compute()[tensor.rows].cpu().numpy()
+def _encoded(tensor: PlannedTensor) -> np.ndarray:
+    values = tensor.values()
     limit = _LARGEST.get(tensor.stored_as, float(np.finfo(np.float32).max))
     largest = np.abs(values).max()
     # Written so that NaN, which compares with nothing, is refused too.

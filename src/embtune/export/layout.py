@@ -5,7 +5,7 @@ class names that the newer libraries no longer write. Both spellings live in one
 """
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from embtune.adapt.merge import bare_model
-from embtune.errors import ArgumentError
 from embtune.files import read_json, write_json
 from embtune.models.load import position_limit
+from embtune.models.modules import saved_modules
 
 # Names under `sentence_transformers.models`, importable in every release so far; 6.x maps them to the new places.
 _LONG_STANDING = (
@@ -41,9 +41,6 @@ _POOLING_KEYS = {
 # transformers 5 writes tokenizer.json alone; converters and slow tokenizers of other libraries read these.
 _TOKENIZER_MODELS = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "tf_model*.h5", "*.msgpack")
-
 
 def make_compatible(folder: str | Path, model: SentenceTransformer) -> None:
     """Rewrite, in place, the folder into which sentence-transformers has just saved `model`.
@@ -53,27 +50,12 @@ def make_compatible(folder: str | Path, model: SentenceTransformer) -> None:
     Modules of other libraries keep their class names.
     """
     folder = Path(folder)
+    for module, path in saved_modules(model, folder):
+        _rewrite_module(path, module)
     modules = read_json(folder / "modules.json")
     for entry in modules:
         entry["type"] = _long_standing_name(entry["type"])
-        _rewrite_module(folder / entry["path"], model.get_submodule(entry["name"]))
     write_json(folder / "modules.json", modules)
-
-
-def refuse_contradictions(folder: str | Path, written: Collection[str]) -> None:
-    """Refuse a target whose weight files would stay beside those about to be `written` (file names).
-
-    Raises:
-        ArgumentError: the folder holds an adapter, or weights under other names; the message lists them.
-    """
-    folder = Path(folder)
-    patterns = (*_ADAPTER_FILES, *_WEIGHT_PATTERNS)
-    stale = sorted({path.name for pattern in patterns for path in folder.glob(pattern)} - set(written))
-    if stale:
-        raise ArgumentError(
-            f"{folder} already holds {', '.join(stale)}, which would contradict the model to be saved: whoever loads "
-            "the folder would get one or the other. Save into another folder, or remove these files first."
-        )
 
 
 def _long_standing_name(type_name: str) -> str:
@@ -85,7 +67,7 @@ def _long_standing_name(type_name: str) -> str:
 
 def _rewrite_module(folder: Path, module: nn.Module) -> None:
     if isinstance(module, Router):
-        _rewrite_router(folder, module)
+        _rewrite_router(folder / Router.config_file_name)
     elif isinstance(module, Transformer):
         _rewrite_transformer(folder, module)
     elif isinstance(module, Pooling):
@@ -94,14 +76,10 @@ def _rewrite_module(folder: Path, module: nn.Module) -> None:
         _rewrite_dense(folder / Dense.config_file_name)
 
 
-def _rewrite_router(folder: Path, router: Router) -> None:
-    path = folder / Router.config_file_name
+def _rewrite_router(path: Path) -> None:
     config = read_json(path)
     config["types"] = {name: _long_standing_name(type_name) for name, type_name in config["types"].items()}
     write_json(path, config)
-    for route, names in config["structure"].items():
-        for name, module in zip(names, router.sub_modules[route], strict=True):
-            _rewrite_module(folder / name, module)
 
 
 def _rewrite_pooling(path: Path, pooling: Pooling) -> None:

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from embtune.adapt.folders import earlier_model, refuse_contradictions
 from embtune.adapt.merge import MergedTensor, bare_model, merged_tensors
-from embtune.export.layout import make_compatible, refuse_contradictions
+from embtune.errors import ExportError
+from embtune.export.layout import make_compatible
 from embtune.export.parity import embedding_parity
 from embtune.files import atomic_folder, read_json, write_json
 from embtune.models.modules import transformer_modules
 from embtune.runtime import choose_dtype
 
 _WEIGHTS = "model.safetensors"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SHARD_BYTES = 5_000_000_000
 
 _SAFETENSORS_DTYPES = {
@@ -62,47 +63,69 @@ def save_merged(
 
     Args:
         model: with or without adapters, quantised or not.
-        save_directory: replaced file by file where it holds an earlier merged model.
+        save_directory: an earlier whole model in it is replaced, shards and modules included; other files stay.
         dtype: of the backbone's weights; None is the dtype of the checkpoint that the model was loaded from where
             that is known (`checkpoint_dtype` of the backbone), else float32 for a quantised base and the parameters'
             own dtype for others.
         verify: compare embeddings before the folder appears.
 
     Raises:
-        ArgumentError: the folder holds an adapter or other weight files, or `dtype` is not known.
+        ArgumentError: the folder holds an adapter or weights of other libraries, or `dtype` is not known.
         ModelError: the adapters are of a kind that cannot be merged.
         ExportError: the saved model's embeddings differ; nothing is left behind.
     """
     target = Path(save_directory)
     chosen = None if dtype is None else choose_dtype(dtype, model.device).dtype
-    refuse_contradictions(target, {_WEIGHTS})
-    with atomic_folder(target) as staging:
+    refuse_contradictions(target, adapter=False, whole=True)
+    with atomic_folder(target, earlier_model) as staging:
         with _saving_merged(model, chosen):
             SentenceTransformer.save(model, str(staging))
         _name_bare_classes(staging / "README.md", model)
         make_compatible(staging, model)
-        refuse_contradictions(target, {path.name for path in staging.iterdir()})
         if verify:
             embedding_parity(model, staging, minimum=_required_cosine(model, staging))
     return target
 
 
-def save_compatible(model: SentenceTransformer, folder: str | Path, **card_options: Any) -> Path:
+def save_compatible(
+    model: SentenceTransformer, folder: str | Path, *, verify: bool = True, **card_options: Any
+) -> Path:
     """Save the model as it is (with adapters: the adapter files, tokenizer and modules), in the layout of all readers.
 
-    The folder appears only once it is complete. `card_options` are those of sentence-transformers' own `save`.
+    The folder appears only once it is complete. Adapter files are read back and compared with the adapter in memory;
+    with `verify`, a whole model is loaded again and gives the embeddings of `model`. That costs a second model on the
+    CPU and a few seconds, so checkpoints in training do without.
+
+    Args:
+        model: with or without adapters, quantised or not.
+        folder: an earlier model of the same kind in it is replaced; other files stay.
+        verify: compare embeddings before the folder appears.
+        card_options: those of sentence-transformers' own `save`.
 
     Raises:
-        ArgumentError: the folder holds weight files of the other kind.
+        ArgumentError: the folder holds weights of the other kind.
+        ExportError: the saved model is not the one in memory, or (with `verify`) its adapters are inside a Router,
+            from which sentence-transformers cannot load them; nothing is left behind.
     """
     target = Path(folder)
-    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    refuse_contradictions(target, _ADAPTER_FILES if adapted else {_WEIGHTS})
-    with atomic_folder(target) as staging:
+    transformers = transformer_modules(model)
+    adapted = [transformer for transformer in transformers if _has_adapter(transformer)]
+    if verify and any(transformer is not model[0] for transformer in adapted):
+        raise ExportError(
+            "An adapter inside a Router cannot be loaded again: sentence-transformers looks for its base in the wrong "
+            "folder. Save the whole model with save_pretrained_merged; training can go on afterwards."
+        )
+    refuse_contradictions(target, adapter=bool(adapted), whole=len(adapted) < max(len(transformers), 1))
+    with atomic_folder(target, earlier_model) as staging:
         SentenceTransformer.save(model, str(staging), **card_options)
         make_compatible(staging, model)
-        refuse_contradictions(target, {path.name for path in staging.iterdir()})
+        if verify and not adapted:
+            embedding_parity(model, staging, minimum=_required_cosine(model, staging))
     return target
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
 @contextmanager

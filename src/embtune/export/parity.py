@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -47,6 +48,20 @@ class Parity:
     """How many texts were compared, each once per route of a Router."""
 
 
+_COLLECTED: ContextVar[list[Parity] | None] = ContextVar("collected parities", default=None)
+
+
+@contextmanager
+def collected_parities() -> Iterator[list[Parity]]:
+    """Yield a list that every `Parity` measured in the block is added to, those of saves included."""
+    found: list[Parity] = []
+    token = _COLLECTED.set(found)
+    try:
+        yield found
+    finally:
+        _COLLECTED.reset(token)
+
+
 def embedding_parity(
     model: SentenceTransformer, folder: str | Path, texts: Sequence[str] | None = None, *, minimum: float = 0.9999
 ) -> Parity:
@@ -63,12 +78,16 @@ def embedding_parity(
         minimum: the cosine that every text must reach.
 
     Raises:
-        ExportError: a text stays below `minimum`; the message names it.
+        ExportError: a text stays below `minimum`, and the message names it; or the folder cannot be loaded.
     """
     texts = PARITY_TEXTS if texts is None else tuple(texts)
     with _computing_in_float32(model):
         expected = _embed(model, texts)
-    actual = _embed(_reload(folder, model), texts)
+    try:
+        reloaded = _reload(folder, model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"sentence-transformers cannot load what was saved in {folder}: {error}") from error
+    actual = _embed(reloaded, texts)
     if expected.shape != actual.shape:
         raise ExportError(
             f"{folder}: its embeddings have {actual.shape[1]} dimensions, the trained model's have {expected.shape[1]}."
@@ -83,6 +102,9 @@ def embedding_parity(
             f"The model in {folder} is not the one that was trained: for the text {text!r} the two embeddings have "
             f"a cosine of {parity.minimum:.6f}, below {minimum} (mean over {len(cosines)} texts: {parity.mean:.6f})."
         )
+    collected = _COLLECTED.get()
+    if collected is not None:
+        collected.append(parity)
     return parity
 
 
@@ -110,7 +132,8 @@ def _embed(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:
 
 
 def _encode(model: SentenceTransformer, texts: Sequence[str], task: dict[str, Any]) -> Tensor:
-    return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=8, **task)
+    # Two texts of similar length at a time: padded, as in use, but hardly any is as long as the longest.
+    return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=2, **task)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import TorchAoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from embtune.adapt.folders import earlier_model, refuse_contradictions
 from embtune.adapt.merge import bare_model, merged_tensors
 from embtune.errors import ArgumentError, ExportError
 from embtune.export.card import add_section
-from embtune.export.layout import make_compatible, refuse_contradictions
+from embtune.export.layout import make_compatible
 from embtune.export.merged import save_merged
 from embtune.export.parity import Parity, embedding_parity
 from embtune.files import atomic_folder
@@ -54,12 +55,12 @@ def save_torchao(
 
     Args:
         model: with or without adapters, quantised or not.
-        save_directory: replaced file by file where it holds an earlier model.
+        save_directory: an earlier whole model in it is replaced, shards and modules included; other files stay.
         scheme: `int8_weight_only` (float activations), or `int8_dynamic` (int8 activations too; faster in float32).
         verify: compare the saved folder's embeddings with `model`'s before it appears.
 
     Raises:
-        ArgumentError: `scheme` is not offered, or the folder holds an adapter or other weight files.
+        ArgumentError: `scheme` is not offered, or the folder holds an adapter or weights of other libraries.
         MissingPackageError: torchao is not installed.
         ExportError: the architecture cannot be quantised, or a text's cosine is below `MINIMUM_COSINE`; nothing is
             left behind.
@@ -67,15 +68,14 @@ def save_torchao(
     _check_scheme(scheme)
     require("torchao", "Saving with TorchAO")
     target = Path(save_directory)
-    refuse_contradictions(target, {"model.safetensors"})
+    refuse_contradictions(target, adapter=False, whole=True)
     _refuse_joined_matrices(model)
-    with atomic_folder(target) as staging:
+    with atomic_folder(target, earlier_model) as staging:
         # Quantising the trained model itself gives tensors that transformers cannot save; those it loads it can.
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{target.name}.") as scratch:
-            quantised = _load_quantised(save_merged(model, scratch, verify=verify), model, scheme)
+            quantised = _load_quantised(save_merged(model, Path(scratch) / "merged", verify=verify), model, scheme)
             SentenceTransformer.save_pretrained(quantised, str(staging))
             make_compatible(staging, quantised)
-        refuse_contradictions(target, {path.name for path in staging.iterdir()})
         parity = _measure(model, staging, scheme) if verify else None
         if (staging / "README.md").exists():
             add_section(staging, "Quantisation", _describe(scheme, parity))

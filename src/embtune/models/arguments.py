@@ -59,6 +59,12 @@ def choose_weights(
             "weights that are trained are kept in float32; bf16=True in the training arguments computes in bfloat16"
         )
         return Weights(dtype=torch.float32, bits=None, reason=reason)
+    if full_finetuning and choice.dtype == torch.float16:
+        raise ArgumentError(
+            "full_finetuning cannot train weights in float16: their updates are too small for it, and scaled gradients "
+            "of such weights cannot be unscaled. Load with dtype=float32 (the default here) and pass fp16=True in the "
+            "training arguments, which computes in float16."
+        )
     if full_finetuning and choice.dtype != torch.float32:
         warnings.warn(
             f"full_finetuning with weights in {choice.dtype}: updates smaller than about 1/256 of a weight are lost. "

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.util import import_from_string, load_file_path
 from torch import nn
 from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -60,6 +62,8 @@ class Source:
     """Never reach for the network."""
     trust_remote_code: bool = False
     """Run model code that the repository brings."""
+    adapter: str | None = None
+    """The adapter that names this checkpoint as its base, for messages."""
 
     def __post_init__(self) -> None:
         if not self.name or not str(self.name).strip():
@@ -75,7 +79,7 @@ class Source:
 
     def renamed(self, name: str) -> "Source":
         """The base that an adapter names: of its own repository, where the adapter's revision means nothing."""
-        return replace(self, name=name, revision=None)
+        return replace(self, name=name, revision=None, adapter=self.name)
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -211,7 +215,11 @@ def _load_bare(cls: type[SentenceTransformer], source: Source, settings: Setting
         config_kwargs=source.hub,
         **_TEXT_ONLY,
     )
-    return cls(modules=sentence_modules(transformer, settings.pooling_mode), device=str(settings.device))
+    return cls(
+        modules=sentence_modules(transformer, settings.pooling_mode),
+        device=str(settings.device),
+        trust_remote_code=source.trust_remote_code,
+    )
 
 
 def sentence_modules(transformer: Transformer, pooling_mode: str | None) -> list[nn.Module]:
@@ -222,8 +230,18 @@ def sentence_modules(transformer: Transformer, pooling_mode: str | None) -> list
 
 
 def wrap_backbone(backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, base: str) -> Transformer:
-    """A genuine Transformer module around a backbone that is in memory already; `base` gives its config only."""
-    source = getattr(unwrapped(backbone), "load_source", None)
+    """A genuine Transformer module around a backbone that is in memory already; `base` gives its config only.
+
+    Raises:
+        ModelError: the backbone has a decoder beside its encoder.
+    """
+    bare = unwrapped(backbone)
+    if "decoder_input_ids" in inspect.signature(bare.forward).parameters:
+        raise ModelError(
+            f"{type(bare).__name__} has a decoder, and only an encoder embeds; load it with auto_model=None or "
+            "auto_model=transformers.AutoModelForTextEncoding."
+        )
+    source = getattr(bare, "load_source", None)
     hub = source.hub if source is not None and source.name == base else {}
     # The skeleton on the meta device costs no memory; its weights are never read.
     with torch.random.fork_rng(devices=[]):
@@ -248,14 +266,17 @@ def load_backbone(
         ArgumentError: `auto_model` is no class with `from_pretrained`.
         ModelError: nothing loadable is found.
     """
-    auto_model = auto_model or AutoModel
-    if not hasattr(auto_model, "from_pretrained"):
+    if auto_model is not None and not hasattr(auto_model, "from_pretrained"):
         raise ArgumentError(
             f"auto_model={auto_model!r}: give a transformers model class such as BertModel or AutoModel."
         )
     with _explained(source):
         kwargs = {**source.hub, **settings.backbone_kwargs}
         config = AutoConfig.from_pretrained(source.name, **source.hub)
+        if auto_model is None:
+            # Of an encoder-decoder (T5) the encoder alone; for all others the two are the same.
+            encodes_text = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            auto_model = AutoModelForTextEncoding if encodes_text else AutoModel
         if add_pooling_layer is not None and _takes(auto_model, config, "add_pooling_layer"):
             kwargs["add_pooling_layer"] = add_pooling_layer
         backbone = auto_model.from_pretrained(source.name, **kwargs)
@@ -352,22 +373,25 @@ def local_folder(source: Source) -> Path:
 
 
 def saved_tokenizer(
-    folder: Path, backbone: PreTrainedModel, processor_kwargs: Mapping[str, Any]
+    folder: Path, backbone: PreTrainedModel, processor_kwargs: Mapping[str, Any], trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside an adapter, with the backbone's embeddings grown to the tokens it added; or None."""
     if not (folder / "tokenizer_config.json").exists():
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, **processor_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": trust_remote_code, **processor_kwargs})
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         # The rows are read from the adapter file next; averaging the old ones to fill them would be wasted.
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return tokenizer
 
 
-def replace_saved_modules(model: SentenceTransformer, folder: Path, processor_kwargs: Mapping[str, Any]) -> None:
+def replace_saved_modules(
+    model: SentenceTransformer, folder: Path, processor_kwargs: Mapping[str, Any], trust_remote_code: bool
+) -> None:
     """Give `model`, loaded from an adapter's base, the tokenizer and the heads that were saved beside the adapter."""
     for transformer in transformer_modules(model):
-        transformer.processor = saved_tokenizer(folder, transformer.model, processor_kwargs) or transformer.processor
+        saved = saved_tokenizer(folder, transformer.model, processor_kwargs, trust_remote_code)
+        transformer.processor = saved or transformer.processor
     if not (folder / "modules.json").exists():
         return
     entries = read_json(folder / "modules.json")
@@ -396,10 +420,11 @@ def _explained(source: Source) -> Iterator[None]:
         if not found:
             raise
         raise ArgumentError(f"model_kwargs[{argument}]: {source.name} takes no such argument.") from error
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError, SafetensorError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().split("\n")[0]
         where = "folder" if Path(source.name).is_dir() else "Hub repository"
+        what = source.name if source.adapter is None else f"{source.name}, the base of the adapter {source.adapter},"
         raise ModelError(
-            f"The model {source.name} could not be loaded from this {where}: {first_line} "
+            f"The model {what} could not be loaded from this {where}: {first_line} "
             "Check the name, and for a private model the token; offline, give the path of a local folder."
         ) from error

@@ -1,10 +1,14 @@
 """Finding the parts of a SentenceTransformer."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
 from torch import nn
 
 from embtune.errors import ModelError
+from embtune.files import read_json
 
 
 def transformer_modules(model: SentenceTransformer) -> list[Transformer]:
@@ -28,6 +32,20 @@ def single_transformer(model: SentenceTransformer, purpose: str) -> Transformer:
         names = [type(module).__name__ for module in model]
         raise ModelError(f"{purpose} needs a model with one Transformer module; this one has {len(found)}: {names}.")
     return found[0]
+
+
+def saved_modules(model: SentenceTransformer, folder: Path) -> Iterator[tuple[nn.Module, Path]]:
+    """Each module of `model` with the folder that its save into `folder` has put it in; a Router's parts behind it."""
+    for entry in read_json(folder / "modules.json"):
+        yield from _with_parts(model.get_submodule(entry["name"]), folder / entry["path"])
+
+
+def _with_parts(module: nn.Module, folder: Path) -> Iterator[tuple[nn.Module, Path]]:
+    yield module, folder
+    if isinstance(module, Router):
+        for route, names in read_json(folder / Router.config_file_name)["structure"].items():
+            for name, part in zip(names, module.sub_modules[route], strict=True):
+                yield from _with_parts(part, folder / name)
 
 
 def trainable_parameters(module: nn.Module) -> int:

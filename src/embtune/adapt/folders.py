@@ -1,0 +1,100 @@
+"""Which weights a folder holds: an adapter and a whole model never share one, and a new save replaces its own kind."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from embtune.errors import ArgumentError
+from embtune.files import read_json
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_WHOLE = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+# What transformers and PEFT look for, in any of their formats and variants.
+_ANY_WEIGHTS = (
+    *("adapter_config.json", "adapter_model*", "model*.safetensors*", "pytorch_model*.bin*"),
+    *("tf_model*.h5", "flax_model*.msgpack"),
+)
+
+
+def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool) -> None:
+    """Refuse a target whose weight files would stay beside those to be saved.
+
+    Looked at are the folder itself and, in a sentence-transformers folder, those of its Transformer modules. Files that
+    this library writes itself may be there if they are of the same kind: the new ones replace them.
+
+    Args:
+        folder: where to save; it need not exist.
+        adapter: whether adapter files are to be saved.
+        whole: whether whole weights are to be saved; with a Router it may be both.
+
+    Raises:
+        ArgumentError: the folder holds weights of the other kind, or under names of other libraries.
+    """
+    folder = Path(folder)
+    replaced = (*(_ADAPTER if adapter else ()), *(_WHOLE if whole else ()))
+    stale = sorted(
+        path.relative_to(folder).as_posix()
+        for backbone in _backbone_folders(folder)
+        for path in _entries(backbone)
+        if _matches(path, _ANY_WEIGHTS) and not _matches(path, replaced)
+    )
+    if stale:
+        raise ArgumentError(
+            f"{folder} already holds {', '.join(stale)}, which would contradict the model to be saved: whoever loads "
+            "the folder would get one or the other. Save into another folder, or remove these files first."
+        )
+
+
+def refuse_modules(folder: str | Path) -> None:
+    """Refuse to save a plain encoder over a sentence-transformers model, whose other modules would stay.
+
+    Raises:
+        ArgumentError: the folder holds one.
+    """
+    if (Path(folder) / "modules.json").exists():
+        raise ArgumentError(
+            f"{folder} already holds a sentence-transformers model (modules.json), whose other modules would "
+            "contradict a plain encoder. Save into another folder, or save the SentenceTransformer itself."
+        )
+
+
+def earlier_weights(folder: Path) -> set[str]:
+    """Names of the weight files, shards included, that an earlier save of this library left in `folder`."""
+    return {path.name for path in _entries(folder) if _matches(path, (*_ADAPTER, *_WHOLE))}
+
+
+def earlier_model(folder: Path) -> set[str]:
+    """Names in `folder` that belong to an earlier sentence-transformers model: its weights and its modules' folders."""
+    modules = {path.relative_to(folder).parts[0] for path, _ in _modules(folder) if path != folder}
+    return earlier_weights(folder) | modules
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _backbone_folders(folder: Path) -> set[Path]:
+    return {folder} | {path for path, class_name in _modules(folder) if class_name == "Transformer"}
+
+
+def _modules(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Folder and class name of each module of a sentence-transformers folder, those in a Router included."""
+    listed = folder / "modules.json"
+    try:
+        for entry in read_json(listed) if listed.exists() else []:
+            module = folder / entry["path"]
+            class_name = entry["type"].rpartition(".")[2]
+            module.relative_to(folder)  # a ValueError for a path that leads elsewhere
+            yield module, class_name
+            if class_name == "Router":
+                for name, type_name in read_json(module / "router_config.json")["types"].items():
+                    yield module / name, type_name.rpartition(".")[2]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"{folder} holds a modules.json that sentence-transformers did not write ({error!r}). "
+            "Save into another folder."
+        ) from error
