@@ -92,6 +92,15 @@ def unigram() -> transformers.PreTrainedTokenizerFast:
     return transformers.XLMRobertaTokenizer(vocab=[*specials, *pieces, ("<mask>", 0.0)])
 
 
+@cache
+def t5_unigram() -> transformers.PreTrainedTokenizerFast:
+    characters, words = _pieces(str)
+    pieces = [(piece, -3.0) for piece in ["▁", *(f"▁{word}" for word in words[::2])]]
+    pieces += [(character, -6.0) for character in characters]
+    specials = [(special, 0.0) for special in ("<pad>", "</s>", "<unk>")]
+    return transformers.T5Tokenizer(vocab=[*specials, *pieces, ("<extra_id_0>", 0.0)], extra_ids=1)
+
+
 _ENCODER = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 2,
@@ -103,8 +112,9 @@ _DECODER = {**_ENCODER, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embed
 _SEPARATORS = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
 
 # model_type -> (tokenizer, settings of its config, pooling)
-ARCHITECTURES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+_ALL: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "bert": (wordpiece, _ENCODER, "mean"),
+    "ernie": (wordpiece, _ENCODER, "mean"),
     "electra": (wordpiece, {**_ENCODER, "embedding_size": HIDDEN}, "cls"),
     "mpnet": (wordpiece, {**_ENCODER, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}, "mean"),
     "distilbert": (
@@ -123,14 +133,52 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {**_ENCODER, "relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]},
         "cls",
     ),
+    "t5": (
+        t5_unigram,
+        {
+            "d_model": HIDDEN,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "relative_attention_num_buckets": 16,
+            "relative_attention_max_distance": 40,
+        },
+        "mean",
+    ),
     "nomic_bert": (wordpiece, {**_ENCODER, "pad_token_id": 0}, "mean"),
+    "gte": (wordpiece, {**_ENCODER, "pad_token_id": 0}, "cls"),
+    "jina_embeddings_v3": (unigram, _ENCODER, "mean"),
+    "eurobert": (
+        roberta_bpe,
+        {**_ENCODER, **_SEPARATORS, "pad_token_id": 1, "mask_token_id": 4, "num_key_value_heads": 2},
+        "mean",
+    ),
     "roberta": (roberta_bpe, {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, "mean"),
     "xlm-roberta": (unigram, {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, "mean"),
     "camembert": (unigram, {**_ENCODER, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, "mean"),
     "qwen2": (qwen_bpe, {**_DECODER, "pad_token_id": 0, "eos_token_id": 0}, "lasttoken"),
     "qwen3": (qwen_bpe, {**_DECODER, "pad_token_id": 0, "eos_token_id": 0}, "lasttoken"),
+    "llama": (qwen_bpe, {**_DECODER, "pad_token_id": 0, "eos_token_id": 0}, "lasttoken"),
+    "mistral": (qwen_bpe, {**_DECODER, "sliding_window": 32, "pad_token_id": 0, "eos_token_id": 0}, "lasttoken"),
     "gemma3_text": (qwen_bpe, {**_DECODER, "sliding_window": 32, "pad_token_id": 0}, "mean"),
+    "embedding_gemma2_text": (
+        qwen_bpe,
+        {
+            **_DECODER,
+            "sliding_window": 32,
+            "sliding_window_pattern": 2,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "embedding_dim": HIDDEN,
+            "pad_token_id": 0,
+        },
+        "mean",
+    ),
 }
+# Some came with later releases of transformers than the oldest that embtune takes.
+ARCHITECTURES = {name: row for name, row in _ALL.items() if name in transformers.CONFIG_MAPPING}
 
 
 def tiny_config(model_type: str, **overrides: Any) -> transformers.PretrainedConfig:
@@ -142,7 +190,10 @@ def tiny_config(model_type: str, **overrides: Any) -> transformers.PretrainedCon
 def tiny_backbone(model_type: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A small random backbone whose weights are large enough for texts to differ clearly."""
     torch.manual_seed(seed)
-    model = transformers.AutoModel.from_config(tiny_config(model_type, **overrides))
+    config = tiny_config(model_type, **overrides)
+    # Of an encoder-decoder (T5) only the encoder embeds.
+    auto_model = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+    model = auto_model.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

@@ -25,11 +25,17 @@ from embtune.models import load
 from embtune.models.arguments import LoadNotes, Weights, choose_weights, clamp_length, refuse_unknown
 from embtune.models.checkpointing import enable_gradient_checkpointing
 from embtune.models.engine import Engine, choose_engine
+from embtune.models.families import unwrapped
 from embtune.models.heads import keep_heads_in_float32
 from embtune.models.modules import transformer_modules
+from embtune.packing.attention import flash_serves
+from embtune.packing.attention import register as register_attention
 from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
-from embtune.packing.flatten import ROW_ONLY, can_flatten, flatten, unflatten
+from embtune.packing.flatten import FLAT, can_flatten, flatten, unflatten
+from embtune.packing.layout import Packing
+from embtune.packing.row import PREPARED
 from embtune.report.explain import Explanation, explain_model
+from embtune.train.checkpoints import is_checkpoint_name
 
 _SAVE_METHODS = ("merged", "merged_16bit", "merged_32bit", "lora")
 
@@ -125,7 +131,7 @@ class FastSentenceTransformer(SentenceTransformer):
             _prepare(transformer.model, notes)
         if base is not None:
             folder = load.local_folder(source)
-            load.replace_saved_modules(model, folder, settings.processor_kwargs)
+            load.replace_saved_modules(model, folder, settings.processor_kwargs, trust_remote_code)
             if pooling_mode is not None:
                 load.set_pooling(model, pooling_mode)
             for transformer in transformer_modules(model):
@@ -189,21 +195,38 @@ class FastSentenceTransformer(SentenceTransformer):
         if is_precomputed(input):
             return dict(input)  # a copy: Matryoshka losses cut what they are given, and ask again
         only_embedding = input.pop(EMBEDDING_ONLY, False)
-        if not can_flatten(input) or not self.packs:
+        flattened = self.flatten(input)
+        if flattened is None:
             return super().forward(input, **kwargs)
-        row = flatten(input, self.dtype, self.engine.padding_id, self.engine.mask_value)
-        if row is None:
-            return super().forward(input, **kwargs)
-        packing = row["attention_mask"].packing
+        row, packing = flattened
         row = super().forward(row, **kwargs)
         if not only_embedding:
             shape = input["input_ids"].shape
-            input["token_embeddings"] = unflatten(row["token_embeddings"], packing, shape)
+            row["token_embeddings"] = unflatten(row["token_embeddings"], packing, shape)
             if "all_layer_embeddings" in row:
                 layers = row["all_layer_embeddings"]
-                input["all_layer_embeddings"] = tuple(unflatten(states, packing, shape) for states in layers)
-        input.update({key: value for key, value in row.items() if key not in input and key not in ROW_ONLY})
+                row["all_layer_embeddings"] = tuple(unflatten(states, packing, shape) for states in layers)
+        input.update({key: value for key, value in row.items() if key not in FLAT})
         return input
+
+    def flatten(self, features: Mapping[str, Any]) -> tuple[dict[str, Any], Packing] | None:
+        """Lay features out as this model's flat row, if they are not one yet; None where they have to stay padded."""
+        prepared = features.get(PREPARED)
+        if not self.packs or (prepared is None and not can_flatten(features)):
+            return None
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        flash = self.engine.flash and flash_serves(device, dtype)
+        if prepared is not None:
+            return prepared.flatten(self.dtype, self.engine.mask_value, flash)
+        return flatten(features, self.dtype, self.engine.padding_id, self.engine.mask_value, flash)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Another process (those of `encode` with a pool) has to know the attention that the encoder's config names.
+        super().__setstate__(state)
+        if self.engine.name == "packed":
+            register_attention()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in PyTorch, but a quantised base that is on the device already stays as it is.
@@ -264,13 +287,23 @@ class FastSentenceTransformer(SentenceTransformer):
     ) -> None:
         """Save the model as it stands (an unmerged adapter as adapter files), whole or not at all.
 
+        Before the folder appears, adapter files are read back and compared with the adapter in memory, and a whole
+        model is loaded again and its embeddings compared. Only where `path` is named as the Trainer names its
+        checkpoints (`checkpoint-500`) are whole models not loaded again, so that training does not wait for it.
+
         Raises:
             ArgumentError: the folder holds files of the other kind, or `safe_serialization` is off.
+            ExportError: what was saved is not this model; nothing is left behind.
         """
         if not safe_serialization:
             raise ArgumentError("safe_serialization=False writes pickles, which embtune does not; leave it out.")
         save_compatible(
-            self, path, model_name=model_name, create_model_card=create_model_card, train_datasets=train_datasets
+            self,
+            path,
+            verify=not is_checkpoint_name(path),
+            model_name=model_name,
+            create_model_card=create_model_card,
+            train_datasets=train_datasets,
         )
 
     def save_pretrained_merged(
@@ -310,7 +343,9 @@ class FastSentenceTransformer(SentenceTransformer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         quantization_method: str | Sequence[str] = "q8_0",
     ) -> list[Path]:
-        """Write the merged model as GGUF for llama.cpp, one file per quantisation ("f32", "f16", "q8_0").
+        """Write the merged model as GGUF for llama.cpp, one file per quantisation ("f32", "f16", "bf16", "q8_0").
+
+        The files appear together, once each was read back and compared with this model.
 
         Raises:
             ArgumentError: an unknown quantisation.
@@ -318,7 +353,7 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         self._own_tokenizer(tokenizer)
         methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
-        return [save_gguf(self, save_directory, quantization=method) for method in methods]
+        return save_gguf(self, save_directory, methods)
 
     def save_pretrained_torchao(
         self,
@@ -455,7 +490,8 @@ class FastModel:
         _prepare(backbone, notes)
         if base is not None:
             folder = load.local_folder(source)
-            tokenizer = load.saved_tokenizer(folder, backbone, settings.processor_kwargs) or tokenizer
+            saved = load.saved_tokenizer(folder, backbone, settings.processor_kwargs, trust_remote_code)
+            tokenizer = saved or tokenizer
             backbone = continue_adapter(backbone, folder, trainable=True)
         length = clamp_length(max_seq_length, backbone.config) or load.position_limit(backbone.config)
         if length is not None:
@@ -523,7 +559,12 @@ class FastModel:
             tokenizer.model_max_length = length
         transformer = load.wrap_backbone(model, tokenizer, base)
         device = next(model.parameters()).device
-        wrapped = FastSentenceTransformer(modules=load.sentence_modules(transformer, pooling_mode), device=str(device))
+        source = getattr(unwrapped(model), "load_source", None)
+        wrapped = FastSentenceTransformer(
+            modules=load.sentence_modules(transformer, pooling_mode),
+            device=str(device),
+            trust_remote_code=source is not None and source.trust_remote_code,
+        )
         keep_heads_in_float32(wrapped)
         notes = getattr(model, "load_notes", None)
         wrapped.load_notes = notes

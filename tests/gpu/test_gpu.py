@@ -73,6 +73,7 @@ def pairs() -> Dataset:
     [
         ({}, {"bf16": True}),
         ({"dtype": "float16"}, {"fp16": True}),
+        ({"dtype": "float16"}, {}),  # the trainer turns loss scaling on
         ({"engine": "reference"}, {"bf16": True}),
         ({"load_in_4bit": True}, {"bf16": True}),
         ({"load_in_4bit": True, "dtype": "float16"}, {"fp16": True}),

@@ -322,6 +322,58 @@ def test_the_compile_decision_is_stored_and_kept(
     assert "kept from the first run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stored", ["none", "of another mode"])
+def test_a_resumed_run_without_a_decision_counts_the_steps_that_are_left(
+    stored: str, tiny_dir: TinyDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = without_dropout(load(tiny_dir("bert"), engine="reference"))
+    decisions = []
+    for steps, mode, resume in ((3, "never", False), (5, "auto", True)):
+        args = arguments(tmp_path, max_steps=steps, compile=mode, save_strategy="steps", save_steps=3)
+        trainer = SentenceTransformerTrainer(
+            model=model, args=args, train_dataset=pairs(), loss=MultipleNegativesRankingLoss(model)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        decisions.append(trainer._compile_callback.decision)
+        state = tmp_path / "checkpoint-3" / "trainer_state.json"
+        if stored == "none":
+            content = json.loads(state.read_text())
+            content["stateful_callbacks"].pop("CompileCallback", None)
+            state.write_text(json.dumps(content))
+    assert [decision.steps_left for decision in decisions] == [3, 2]
+    assert "off: 2 steps" in decisions[1].reason
+
+
+def test_an_attention_set_after_loading_is_told_when_training_falls_back(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    model = load(tiny_dir("bert"))
+    assert model.explain()["engine"] == "packed"
+    model[0].model.get_base_model().set_attn_implementation("eager")
+    assert model.explain()["engine"] == "reference"
+    assert "its attention was set to 'eager' after loading" in str(model.explain())
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=3),
+        train_dataset=pairs(),
+        loss=MultipleNegativesRankingLoss(model),
+    )
+    with pytest.warns(EmbtuneWarning, match="packed engine is off: padded batches.*'eager'") as caught:
+        trainer.train()
+    assert len([warning for warning in caught if issubclass(warning.category, EmbtuneWarning)]) == 1
+
+
+def test_every_one_of_several_datasets_is_checked(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    model = load(tiny_dir("bert"))
+    data = {"clean": pairs(), "twice": Dataset.from_dict({"anchor": ["a", "a"], "positive": ["b", "b"]})}
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        loss=MultipleNegativesRankingLoss(model),
+    )
+    with pytest.warns(EmbtuneWarning, match="1 of 2 training rows 'twice' repeat an earlier row"):
+        trainer.train()
+
+
 def test_arguments_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="group_by_length"):
         arguments(tmp_path, train_sampling_strategy="group_by_length")

@@ -31,11 +31,11 @@ _CPU_COST_SECONDS = {("lora", False): 38.0, ("lora", True): 52.0, ("full", False
 _CPU_SAVED = {(torch.float32, "lora"): 0.035, (torch.float32, "full"): 0.02, (torch.bfloat16, "lora"): 0.08}
 _CPU_SAVED_CHECKPOINTING = {(torch.float32, "lora"): 0.11}
 
-# What follows for "cuda" comes from DESIGN.md (one H200 with a slow host; both sides scale with the host) and has not
-# been measured with this code. §7.9: one shared layer of BERT-base compiles in about 12 s.
-_CUDA_COST_SECONDS = 12.0
-# §8: 349 ms a step uncompiled and 216 ms compiled, 405 and 241 ms: 38 and 40 %, padded batches.
-_CUDA_SAVED = 0.38
+# What follows for "cuda" was measured on one H200 with a slow host (docs/decisions.md, "Compiled layers on a GPU"): the
+# first six steps of BERT-base with LoRA took 57 s, and a step's kernels 15.4 ms where they had taken 23.3.
+_CUDA_COST_SECONDS = 56.0
+_CUDA_SAVED = 0.34
+# From DESIGN.md, not from this code: both scale with the host.
 # §8: BERT-base takes 180 ms even where there is next to nothing to compute: launching 12 layers' kernels.
 _CUDA_LAUNCH_SECONDS = 0.015
 # §8: the padded 349 ms less those 180, for 128 × (30 + 512) tokens, at full padding.
@@ -187,24 +187,21 @@ class CompileDecision:
         return cls(**values)
 
 
-def decide(
-    mode: str, *, steps_left: int, device: str = "cpu", packed: bool = False, **settings: Any
-) -> CompileDecision:
+def decide(mode: str, *, steps_left: int, device: str = "cpu", **settings: Any) -> CompileDecision:
     """Decide whether a run of `steps_left` optimizer steps compiles its encoder layers.
 
     Args:
         mode: `auto` weighs cost against saving; `never` and `always` do as they say.
-        packed: whether batches are packed rows, whose layout dynamo would compile anew for every batch.
         settings: the other fields of `CompileEstimate`.
 
     Raises:
-        ArgumentError: `mode` is unknown, or is `always` where this machine or this engine cannot compile.
+        ArgumentError: `mode` is unknown, or is `always` where this machine cannot compile.
     """
     if mode not in COMPILE_MODES:
         raise ArgumentError(f"compile={mode!r} is not known; use one of {', '.join(COMPILE_MODES)}.")
     if mode == "never":
         return CompileDecision(compile=False, reason='off, as asked (compile="never")', steps_left=steps_left)
-    obstacle = _obstacle(device, packed)
+    obstacle = _obstacle(device)
     if obstacle is not None:
         if mode == "always":
             raise ArgumentError(f'compile="always" cannot be honoured: {obstacle}. Or use compile="auto".')
@@ -222,10 +219,8 @@ def decide(
     )
 
 
-def _obstacle(device: str, packed: bool) -> str | None:
+def _obstacle(device: str) -> str | None:
     """What keeps layers from being compiled, with the remedy, or None."""
-    if packed:
-        return 'the layout of a packed row would be compiled anew for every batch; engine="reference" can be compiled'
     if device == "cpu":
         return None if has_cpp_compiler() else "no C++ compiler was found; install g++ or clang, or name it in CXX"
     if device == "cuda":

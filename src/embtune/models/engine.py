@@ -1,18 +1,25 @@
 """Which engine a model runs on: the packed one where its architecture is proven there, else the reference."""
 
+import warnings
 from dataclasses import dataclass
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
+from transformers import PretrainedConfig
 
-from embtune.errors import ArgumentError
+from embtune.errors import ArgumentError, EmbtuneWarning
 from embtune.models.families import Family, family_of, unwrapped
 from embtune.models.modules import transformer_modules
 from embtune.models.swaps import has_swaps, swap_attention, undo_swaps
 from embtune.packing import attention
 
 ENGINES = ("auto", "packed", "reference")
+
+# Rotary embeddings that change, for every text of a batch, once the longest one passes a limit.
+_LENGTH_DEPENDENT = {"dynamic", "longrope"}
+_ROPE = "its rotary embeddings depend on the longest text of a batch"
+_CONVOLUTION = "its convolution reads across texts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,8 @@ class Engine:
     """Where positions count from the padding index (RoBERTa, MPNet): that index."""
     mask_value: float = 0
     """1 for models that multiply embeddings by their mask."""
+    flash: bool = False
+    """Whether the attention is one that variable-length FlashAttention computes, where device and dtype allow it."""
 
     def packs(self, backbone: nn.Module) -> bool:
         """Whether batches become flat rows: not once somebody has given the backbone another attention again."""
@@ -34,6 +43,13 @@ class Engine:
             return False
         bare = unwrapped(backbone)
         return bare.config._attn_implementation == attention.ATTENTION or has_swaps(bare)
+
+    def fallback(self, backbone: nn.Module) -> str | None:
+        """Why a model that was loaded to be packed computes padded batches all the same; None where it does not."""
+        if self.name != "packed" or self.packs(backbone):
+            return None
+        implementation = unwrapped(backbone).config._attn_implementation
+        return f"padded batches, because its attention was set to {implementation!r} after loading"
 
 
 def choose_engine(requested: str, model: SentenceTransformer, attn_implementation: str | None = None) -> Engine:
@@ -56,6 +72,9 @@ def choose_engine(requested: str, model: SentenceTransformer, attn_implementatio
     if obstacle is None and requested == "auto":
         obstacle = _slower(model)
     if obstacle is not None:
+        if obstacle in (_ROPE, _CONVOLUTION):
+            # Others of its architecture are packed, so nobody would expect it.
+            warnings.warn(f"This model is computed in padded batches: {obstacle}.", EmbtuneWarning, stacklevel=3)
         return Engine(name="reference", reason=f"padded batches, because {obstacle}")
     return _switch_to_packed(transformer_modules(model)[0])
 
@@ -80,10 +99,10 @@ def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> st
     family = family_of(config)
     if family is None or family.packing is None:
         return f"{config.model_type} is not among the architectures proven on packed rows"
-    if _rope_type(config) == "dynamic":
-        return "its rotary embeddings depend on the longest text of a batch"
+    if _rope_types(config) & _LENGTH_DEPENDENT:
+        return _ROPE
     if getattr(config, "conv_kernel_size", 0):
-        return "its convolution reads across texts"
+        return _CONVOLUTION
     if set(model[0].modality_config) != {"text"} or model[0].modality_config["text"]["method"] != "forward":
         return "it takes more than plain text"
     return None
@@ -98,9 +117,11 @@ def _slower(model: SentenceTransformer) -> str | None:
     return None
 
 
-def _rope_type(config: object) -> str | None:
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """The types of the rotary embeddings: of all layers, or of each kind of layer (Gemma 3, ModernBERT)."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get("rope_type")
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    return {kind.get("rope_type", "default") for kind in kinds}
 
 
 def _switch_to_packed(transformer: Transformer) -> Engine:
@@ -117,7 +138,14 @@ def _switch_to_packed(transformer: Transformer) -> Engine:
         reason="one flat row of real tokens, no padding",
         padding_id=_padding_id(backbone, family),
         mask_value=family.mask_value,
+        flash=family.packing == "interface" and _largest_head(backbone.config) <= attention.FLASH_HEAD_DIM,
     )
+
+
+def _largest_head(config: PretrainedConfig) -> int:
+    # EmbeddingGemma 2's layers differ, and its config refuses to name one size for all.
+    layers = getattr(config, "per_layer_config", [config])
+    return max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
 
 
 def _padding_id(backbone: nn.Module, family: Family) -> int | None:

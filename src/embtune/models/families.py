@@ -21,7 +21,10 @@ class Family:
     layers: str
     """Path of the `nn.ModuleList` that holds the encoder layers, seen from the backbone."""
     lora_targets: tuple[str, ...]
-    """Last name components of the linear layers that LoRA adapts by default: those inside the encoder layers."""
+    """Last name components of the linear layers that LoRA adapts by default: those inside the encoder layers.
+
+    Names that a checkpoint lacks (T5's plain or gated `wi`) are passed over.
+    """
     pooling: str = "mean"
     """Pooling when a bare checkpoint does not say: the mode that the family's embedding models use."""
     checkpointing: str = "native"
@@ -47,6 +50,7 @@ _DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 
 FAMILIES: dict[str, Family] = {
     **_family("bert", layers="encoder.layer", lora_targets=_BERT_TARGETS, gguf_architecture="bert"),
+    **_family("ernie", layers="encoder.layer", lora_targets=_BERT_TARGETS),
     **_family("electra", layers="encoder.layer", lora_targets=_BERT_TARGETS, pooling="cls"),
     **_family(
         "roberta",
@@ -92,11 +96,29 @@ FAMILIES: dict[str, Family] = {
         packing="swap",
         mask_value=1,
     ),
-    **_family("nomic_bert", "gte", layers="layers", lora_targets=_DECODER_TARGETS, joined_matrices=True),
+    **_family(
+        "t5",
+        layers="encoder.block",
+        lora_targets=("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
+        packing="swap",
+    ),
+    **_family("nomic_bert", layers="layers", lora_targets=_DECODER_TARGETS, joined_matrices=True),
+    **_family("gte", layers="layers", lora_targets=_DECODER_TARGETS, pooling="cls", joined_matrices=True),
+    **_family(
+        "jina_embeddings_v3",
+        layers="layers",
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        joined_matrices=True,
+    ),
     **_family("eurobert", layers="layers", lora_targets=_DECODER_TARGETS),
     **_family("qwen2", "llama", "mistral", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken"),
     **_family("qwen3", layers="layers", lora_targets=_DECODER_TARGETS, pooling="lasttoken", gguf_architecture="qwen3"),
     **_family("gemma3_text", layers="layers", lora_targets=_DECODER_TARGETS),
+    **_family(
+        "embedding_gemma2_text",
+        layers="layers",
+        lora_targets=(*_DECODER_TARGETS, "per_layer_input_gate", "per_layer_projection"),
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder, DisentangledSelfAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from embtune.packing.attention import attend_groups, take
 from embtune.packing.layout import PackedMask
@@ -33,9 +34,7 @@ class PackedMPNetSelfAttention(MPNetSelfAttention):
         dropout = self.dropout.p if self.training else 0.0
         # The bias is an embedding in the weights' dtype; under autocast the states may have another.
         bias_HLL = None if position_bias is None else position_bias[0].to(q_THD.dtype)
-        out_THD = attend_groups(
-            q_THD, k_THD, v_THD, attention_mask.packing, dropout, None, False, None, bias_HLL=bias_HLL
-        )
+        out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, None, False, None, bias_HLL=bias_HLL)
         return (self.o(out_THD.flatten(1)).unsqueeze(0),)
 
 
@@ -55,6 +54,7 @@ class PackedMPNetEncoder(MPNetEncoder):
 class PackedDisentangledSelfAttention(DisentangledSelfAttention):
     """Runs DeBERTa's own attention on each group of texts, padded side by side."""
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden_states: Tensor,
@@ -105,11 +105,38 @@ class PackedDebertaV2Encoder(DebertaV2Encoder):
         return super().get_rel_pos(hidden_states[:, : self._longest], *args, **kwargs)
 
 
+class PackedT5Attention(T5Attention):
+    """Adds T5's relative bias to the scores of each group; the first layer computes it for the longest text."""
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        if not isinstance(mask, PackedMask):
+            return super().forward(hidden_states, mask, key_value_states, position_bias, **others)
+        packing = mask.packing
+        shape = (-1, self.n_heads, self.key_value_proj_dim)
+        q_THD, k_THD, v_THD = (project(hidden_states[0]).view(shape) for project in (self.q, self.k, self.v))
+        if position_bias is None:
+            position_bias = self.compute_bias(packing.max_length, packing.max_length)
+        dropout = self.dropout if self.training else 0.0
+        # The bias is an embedding in the weights' dtype; under autocast the states may have another.
+        bias_HLL = position_bias[0].to(q_THD.dtype)
+        out_THD = attend_groups(q_THD, k_THD, v_THD, mask, dropout, self.scaling, False, None, bias_HLL=bias_HLL)
+        return self.o(out_THD.flatten(1)).unsqueeze(0), position_bias, None
+
+
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     MPNetSelfAttention: PackedMPNetSelfAttention,
     MPNetEncoder: PackedMPNetEncoder,
     DisentangledSelfAttention: PackedDisentangledSelfAttention,
     DebertaV2Encoder: PackedDebertaV2Encoder,
+    T5Attention: PackedT5Attention,
 }
 
 

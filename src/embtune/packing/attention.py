@@ -17,6 +17,11 @@ from embtune.packing.layout import PackedMask, Packing
 ATTENTION = "embtune_packed"
 """The name to give to `set_attn_implementation`."""
 
+FLASH_HEAD_DIM = 256
+"""The largest head that FlashAttention-2 takes."""
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
 
 def packed_attention(
     module: nn.Module,
@@ -34,13 +39,14 @@ def packed_attention(
 
     Args:
         query: [1, H, T, D]; key and value may have fewer heads.
-        attention_mask: a `PackedMask`, or whatever a padded batch brings.
+        attention_mask: a `PackedMask`, a `flash_mask`, or whatever a padded batch brings.
 
     Returns:
         [1, T, H, D], and no weights.
     """
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if not isinstance(attention_mask, PackedMask):
+    packed = isinstance(attention_mask, PackedMask)
+    if attention_mask is None or not (packed or attention_mask.dtype == torch.int32):
         return sdpa_attention_forward(
             module,
             query,
@@ -53,27 +59,28 @@ def packed_attention(
             sliding_window=sliding_window,
             **others,
         )
-    packing = attention_mask.packing
     dropout = dropout if module.training else 0.0
     # transformers hands out [1, H, T, D] views of [1, T, H, D].
     q_THD, k_THD, v_THD = (states[0].transpose(0, 1) for states in (query, key, value))
-    attend = attend_flash if uses_flash(q_THD) else attend_groups
-    out_THD = attend(q_THD, k_THD, v_THD, packing, dropout, scaling, causal, sliding_window)
+    if not packed and q_THD.dtype in _FLASH_DTYPES:
+        cu_seqlens, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
+        out_THD = attend_flash(q_THD, k_THD, v_THD, cu_seqlens, longest, dropout, scaling, causal, sliding_window)
+    else:
+        out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, scaling, causal, sliding_window)
     return out_THD.unsqueeze(0), None
 
 
-def uses_flash(q_THD: Tensor) -> bool:
-    """Whether PyTorch's own FlashAttention-2 takes these states: half precision on CUDA ≥ 8.0, heads up to 256."""
-    if q_THD.device.type != "cuda" or q_THD.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(q_THD.device) >= (8, 0) and q_THD.shape[-1] <= 256
+def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own FlashAttention-2 takes states of this dtype there: half precision on CUDA ≥ 8.0."""
+    return device.type == "cuda" and dtype in _FLASH_DTYPES and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_flash(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
-    packing: Packing,
+    cu_seqlens: Tensor,
+    max_length: int,
     dropout: float,
     scaling: float | None,
     causal: bool,
@@ -88,10 +95,10 @@ def attend_flash(
         q_THD,
         k_THD,
         v_THD,
-        packing.cu_seqlens,
-        packing.cu_seqlens,
-        packing.max_length,
-        packing.max_length,
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
         dropout,
         causal,
         False,
@@ -100,11 +107,13 @@ def attend_flash(
     )[0]
 
 
+# Compiled code goes round it: traced, the groups of one batch would become constants, to be compiled anew for the next.
+@torch.compiler.disable
 def attend_groups(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
-    packing: Packing,
+    mask: Tensor,
     dropout: float,
     scaling: float | None,
     causal: bool,
@@ -114,8 +123,10 @@ def attend_groups(
     """SDPA over groups of texts of similar length: every device, any dtype; `bias_HLL` is added to the scores.
 
     Args:
+        mask: a `PackedMask` or a `flash_mask`.
         bias_HLL: [H, L, L] for the longest text; shorter groups use its first rows and columns.
     """
+    packing = mask.packing if isinstance(mask, PackedMask) else Packing.of(mask[0, 0, 0])
     slot_of_token = packing.slot_of_token
     empty_SHD = q_THD.new_zeros(packing.slots, *q_THD.shape[1:])
     q_SHD, k_SHD, v_SHD = (
@@ -127,11 +138,11 @@ def attend_groups(
         span = slice(group.start, group.start + group.count * group.length)
         shape = (group.count, group.length)
         q, k, v = (states[span].unflatten(0, shape).transpose(1, 2) for states in (q_SHD, k_SHD, v_SHD))
-        mask = packing.allowed(index, window, causal)
+        readable = packing.allowed(index, window, causal)
         if bias_HLL is not None:
             bias = bias_HLL[None, :, : group.length, : group.length]
-            mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling, enable_gqa=grouped)
+            readable = bias if readable is None else bias.masked_fill(~readable, torch.finfo(bias.dtype).min)
+        out = F.scaled_dot_product_attention(q, k, v, readable, dropout, scale=scaling, enable_gqa=grouped)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return take(torch.cat(parts), slot_of_token)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embtune.packing.row import PREPARED, PackedRow
+
 _PRECOMPUTED = "embtune_precomputed"
 EMBEDDING_ONLY = "embtune_embedding_only"
 """In features: nobody will ask for token embeddings, which need not be put back into their padded places."""
@@ -31,8 +33,19 @@ def embed_columns_once(
     joined = _join(columns)
     if joined is None:
         return list(columns)
-    embeddings = model({**joined, EMBEDDING_ONLY: True})["sentence_embedding"]
-    parts = embeddings.split([len(column["input_ids"]) for column in columns])
+    return _embedded(model, joined, [len(column["input_ids"]) for column in columns])
+
+
+def embed_row_once(model: Callable[[dict[str, Any]], dict[str, Any]], row: PackedRow) -> list[dict[str, Any]]:
+    """As `embed_columns_once`, for columns that were laid out as one row beforehand."""
+    return _embedded(model, {PREPARED: row}, row.columns)
+
+
+def _embedded(
+    model: Callable[[dict[str, Any]], dict[str, Any]], features: Mapping[str, Any], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    embeddings = model({**features, EMBEDDING_ONLY: True})["sentence_embedding"]
+    parts = embeddings.split(list(counts))
     # sentence-transformers does not pad columns together that it takes for flat rows: it calls the model for each.
     return [
         {"sentence_embedding": part, _PRECOMPUTED: True, "cu_seq_lens_q": torch.arange(len(part) + 1)} for part in parts

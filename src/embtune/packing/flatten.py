@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtune.packing.layout import PackedMask, Packing
+from embtune.packing.layout import PackedMask, Packing, flash_mask
 
 # What flattening knows how to carry; a batch with anything else per token stays padded.
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
-ROW_ONLY = frozenset({"position_ids", "cu_seq_lens_q", "seq_idx"})
-"""Features that describe a flat row and mean nothing beside padded ones."""
+FLAT = _PER_TOKEN | {"position_ids", "cu_seq_lens_q", "seq_idx"}
+"""Features that lie flat in a row and mean nothing beside padded ones."""
 
 
 def can_flatten(features: Mapping[str, Any]) -> bool:
@@ -32,8 +32,12 @@ def can_flatten(features: Mapping[str, Any]) -> bool:
 
 
 def flatten(
-    features: Mapping[str, Any], dtype: torch.dtype, padding_id: int | None = None, mask_value: float = 0
-) -> dict[str, Any] | None:
+    features: Mapping[str, Any],
+    dtype: torch.dtype,
+    padding_id: int | None = None,
+    mask_value: float = 0,
+    flash: bool = False,
+) -> tuple[dict[str, Any], Packing] | None:
     """Turn padded features [N, L] into those of one row [1, T] of real tokens; None if a text has no token at all.
 
     On an accelerator this waits for it once, to read the mask: everything else is laid out on the CPU.
@@ -44,9 +48,11 @@ def flatten(
         padding_id: for families that count positions from it (RoBERTa, MPNet), skipping a literal padding token inside
             a text as the model itself does; None where positions count from 0.
         mask_value: 1 for models that multiply embeddings by their mask.
+        flash: whether variable-length FlashAttention will serve the row.
 
     Returns:
-        The features with `position_ids`, `cu_seq_lens_q`, `seq_idx` and, as attention mask, a `PackedMask`.
+        The features with `position_ids`, `cu_seq_lens_q`, `seq_idx` and, as attention mask, a `PackedMask` or
+        `flash_mask`; and the packing.
     """
     ids = features["input_ids"]
     real = features["attention_mask"].cpu().bool()
@@ -65,10 +71,13 @@ def flatten(
         if key in features:
             row[key] = features[key].flatten().index_select(0, place).unsqueeze(0)
     row["position_ids"] = positions.unsqueeze(0)
-    row["attention_mask"] = PackedMask.of(packing, dtype, mask_value)
+    if flash:
+        row["attention_mask"] = flash_mask(packing.cu_seqlens, packing.max_length)
+    else:
+        row["attention_mask"] = PackedMask.of(packing, dtype, mask_value)
     row["cu_seq_lens_q"] = packing.cu_seqlens
     row["seq_idx"] = packing.text_of_token.unsqueeze(0)
-    return row
+    return row, packing
 
 
 def unflatten(states_1TC: Tensor, packing: Packing, shape: torch.Size) -> Tensor:

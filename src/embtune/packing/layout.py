@@ -42,6 +42,11 @@ class Packing:
     """[T] int64: where each token stood in the flattened padded batch; None for a row that never was one."""
     _masks: dict[tuple[int, int | None, bool], Tensor | None] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> "Packing":
+        """The packing that begins and ends texts there; waits for the device."""
+        return cls(cu_seqlens.diff().tolist(), cu_seqlens.device)
+
     @property
     def tokens(self) -> int:
         """T, all real tokens."""
@@ -138,9 +143,21 @@ class PackedMask(Tensor):
 
     packing: Packing
 
+    # What is computed with the mask is an ordinary tensor: DeBERTa's states, multiplied by it, would be masks as well.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @classmethod
     def of(cls, packing: Packing, dtype: torch.dtype, value: float = 0) -> "PackedMask":
         """The mask of one packed row; `dtype` is the backbone's."""
         mask = torch.full((1, 1, 1, 1), value, dtype=dtype, device=packing.device).as_subclass(cls)
         mask.packing = packing
         return mask
+
+
+def flash_mask(cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """The attention mask of a row that variable-length FlashAttention serves: [1, 1, L, N + 1] int32.
+
+    It is `cu_seqlens`, spread over as many rows as the longest text may have tokens. So both reach the attention as one
+    plain 4-D tensor, which compiled and recorded code can take, and no mask that adds or selects has integers.
+    """
+    return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, max_length, -1)

@@ -10,7 +10,10 @@ from embtune.errors import ArgumentError
 
 @dataclass
 class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransformerTrainingArguments):
-    """sentence-transformers' arguments with the same names, defaults and meaning, and two more.
+    """sentence-transformers' arguments with the same names and meaning, and four more.
+
+    One default differs: `logging_nan_inf_filter` is off. Switched on, it asks the accelerator in every step whether the
+    loss is a number, which stops the host from preparing the next one, and hides from the log that it is not.
 
     Raises:
         ArgumentError: a value is unknown, or sentence-transformers would accept it and do nothing.
@@ -23,6 +26,21 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
     columns: dict[str, str] | None = field(
         default=None,
         metadata={"help": "Roles of the data's columns by their names, such as {'question': 'anchor'}."},
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "On one NVIDIA GPU, replay the packed encoder's forward and backward as CUDA graphs."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are no numbers out of the log; waits for them in every step."},
+    )
+    token_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Tokenise each text once instead of in every epoch, and keep the token ids for later runs; "
+            "`embtune cache` shows and clears what is kept."
+        },
     )
 
     def __post_init__(self) -> None:

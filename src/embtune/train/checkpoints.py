@@ -5,15 +5,26 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
+from sentence_transformers.sentence_transformer.modules import Router, Transformer
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from embtune.errors import ArgumentError, ModelError
 from embtune.files import read_json
+from embtune.models.modules import saved_modules
+
+LOSS_WEIGHTS = "loss.safetensors"
+"""The file of a checkpoint that holds what its loss learns; the model's own files say nothing of it."""
+
+
+def is_checkpoint_name(folder: str | Path) -> bool:
+    """Whether a folder is named as the Trainer names its checkpoints: `checkpoint-` and a step."""
+    prefix, _, step = Path(folder).name.rpartition("-")
+    return prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal()
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -32,9 +43,9 @@ def last_whole_checkpoint(run: Path) -> Path:
         ArgumentError: the run has none.
     """
     numbered = [
-        (int(step), folder)
+        (int(folder.name.rpartition("-")[2]), folder)
         for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := folder.name.rpartition("-")[2]).isdecimal() and is_whole(folder)
+        if is_checkpoint_name(folder) and is_whole(folder)
     ]
     if not numbered:
         raise ArgumentError(f"resume_from_checkpoint: {run} holds no whole checkpoint; start without resuming.")
@@ -50,14 +61,46 @@ def restore_weights(model: SentenceTransformer, checkpoint: Path) -> None:
     Raises:
         ModelError: the checkpoint is of another model.
     """
-    for entry in read_json(checkpoint / "modules.json"):
-        module = model.get_submodule(entry["name"])
-        folder = checkpoint / entry["path"]
+    for module, folder in saved_modules(model, checkpoint):
         if isinstance(module, Transformer):
             _restore_backbone(module.model, folder)
-        elif any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-            saved = type(module).load(str(checkpoint), subfolder=entry["path"])
-            _load_exactly(module, saved.state_dict(), folder)
+        elif not isinstance(module, Router) and module.state_dict():
+            _load_exactly(module, type(module).load(str(folder)).state_dict(), folder)
+
+
+def save_loss_weights(loss: nn.Module, model: SentenceTransformer, checkpoint: Path) -> None:
+    """Write what the loss owns (the classifier of SoftmaxLoss, say) beside the model; nothing where it owns nothing."""
+    owned = _owned_by_loss(loss, model)
+    if owned:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in owned.items()}
+        save_file(tensors, checkpoint / LOSS_WEIGHTS)
+
+
+def restore_loss_weights(loss: nn.Module, model: SentenceTransformer, checkpoint: Path) -> None:
+    """Put what the loss owned at that checkpoint into the live loss, in place.
+
+    Raises:
+        ModelError: the checkpoint was trained with another loss.
+    """
+    file = checkpoint / LOSS_WEIGHTS
+    owned = {name: tensor.data for name, tensor in _owned_by_loss(loss, model).items()}
+    saved = load_file(file) if file.exists() else {}
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (saved, owned))
+    if shapes != wanted:
+        raise ModelError(
+            f"{checkpoint} holds these weights of its loss: {shapes or 'none'}; the loss here has {wanted or 'none'}. "
+            "Use the loss of the first run, with its settings."
+        )
+    for name, tensor in owned.items():
+        tensor.copy_(saved[name])
+
+
+def _owned_by_loss(loss: nn.Module, model: SentenceTransformer) -> dict[str, torch.Tensor]:
+    """Trainable weights and buffers of a loss that are neither the model's nor a guide's, which nothing changes."""
+    guides = [part.guide for part in loss.modules() if isinstance(part, GISTEmbedLoss | CachedGISTEmbedLoss)]
+    others = {id(tensor) for part in (model, *guides) for tensor in (*part.parameters(), *part.buffers())}
+    trained = [(name, weight) for name, weight in loss.named_parameters() if weight.requires_grad]
+    return {name: tensor for name, tensor in [*trained, *loss.named_buffers()] if id(tensor) not in others}
 
 
 def _restore_backbone(backbone: nn.Module, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -38,10 +39,16 @@ class CompileCallback(TrainerCallback, ExportableState):
         decision = self.decision.to_dict() if self.decision else None
         return {"args": {"mode": self.mode}, "attributes": {"decision": decision}}
 
+    def on_train_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_others: Any
+    ) -> None:
+        """The Trainer cannot save what the state it resumed from, of a plain Trainer say, has no entry for."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def prepare(self, trainer: "SentenceTransformerTrainer", checkpoint: Path | None) -> None:
         """Decide, or take over a checkpoint's decision; print it; compile the encoder layers or leave them."""
-        stored = _stored(checkpoint) if self.mode == "auto" and not getattr(trainer.model, "packs", False) else None
-        self.decision = stored or self._decide(trainer)
+        stored = _stored(checkpoint) if self.mode == "auto" else None
+        self.decision = stored or self._decide(trainer, steps_taken(checkpoint))
         print(f"compile: {self.decision.reason}", flush=True)
         for transformer in transformer_modules(trainer.model):
             if self.decision.compile:
@@ -49,14 +56,13 @@ class CompileCallback(TrainerCallback, ExportableState):
             else:
                 uncompile_layers(transformer.model)
 
-    def _decide(self, trainer: "SentenceTransformerTrainer") -> CompileDecision:
+    def _decide(self, trainer: "SentenceTransformerTrainer", taken: int) -> CompileDecision:
         model = trainer.model
         backbones = [transformer.model for transformer in transformer_modules(model)]
         return decide(
             self.mode,
-            steps_left=steps_of_run(trainer),
+            steps_left=max(0, steps_of_run(trainer) - taken),
             device=model.device.type,
-            packed=getattr(model, "packs", False),
             parameters=sum(layer_parameters(backbone) for backbone in backbones),
             tokens_per_step=tokens_per_step(trainer),
             trainable="full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
@@ -79,6 +85,11 @@ def steps_of_run(trainer: "SentenceTransformerTrainer") -> int:
     return math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step))
 
 
+def steps_taken(checkpoint: Path | None) -> int:
+    """Optimizer steps that lie behind a checkpoint; 0 where a run begins."""
+    return 0 if checkpoint is None else int(read_json(checkpoint / TRAINER_STATE_NAME)["global_step"])
+
+
 def tokens_per_step(trainer: "SentenceTransformerTrainer") -> int:
     """Tokens that the encoder sees in one optimizer step on one device, estimated from the first rows."""
     args, data = trainer.args, trainer.train_dataset
@@ -97,5 +108,6 @@ def _stored(checkpoint: Path | None) -> CompileDecision | None:
         return None
     callbacks = read_json(checkpoint / TRAINER_STATE_NAME).get("stateful_callbacks", {})
     stored = callbacks.get(CompileCallback.__name__)
-    decision = stored and stored["attributes"].get("decision")
+    # A decision that "never" or "always" dictated was not taken from the numbers, and does not bind "auto".
+    decision = stored and stored["args"]["mode"] == "auto" and stored["attributes"].get("decision")
     return CompileDecision.from_dict(decision) if decision else None

@@ -1,6 +1,8 @@
 """sentence-transformers' trainer with checked data, exact checkpoints and a compile decision; all else is inherited."""
 
-from collections.abc import Mapping
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,17 +11,30 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
 
+from embtune.accelerate.graphs import EncoderGraphs
 from embtune.data.checks import check_training_data, warn_about_accumulation
 from embtune.data.columns import canonical
-from embtune.errors import ArgumentError
-from embtune.losses.one_pass import takes_one_pass
-from embtune.packing.columns import embed_columns_once
+from embtune.errors import ArgumentError, EmbtuneWarning
+from embtune.losses.services import fall_back_for, takes_one_pass
+from embtune.packing.columns import embed_columns_once, embed_row_once
+from embtune.packing.row import PREPARED
 from embtune.train.arguments import SentenceTransformerTrainingArguments
-from embtune.train.checkpoints import is_whole, last_whole_checkpoint, restore_weights
+from embtune.train.checkpoints import (
+    is_whole,
+    last_whole_checkpoint,
+    restore_loss_weights,
+    restore_weights,
+    save_loss_weights,
+)
 from embtune.train.compiling import CompileCallback
+from embtune.train.graphed import GraphedModel, encoder_graphs
+from embtune.train.precision import settle_float16
+from embtune.train.prompts import remember_prompts
 from embtune.train.reach import refuse_unreachable
+from embtune.train.token_loaders import TokenLoaders, unread_features
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Datasets: TypeAlias = AnyDataset | DatasetDict | Mapping[str, AnyDataset] | None
@@ -52,10 +67,14 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             args.prompts = {columns.get(name, name): prompt for name, prompt in args.prompts.items()}
         train_dataset = _with_roles(train_dataset, columns, "train_dataset")
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
+        if model is not None and train_dataset is not None:
+            settle_float16(model, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, loss=loss, **others
         )
-        self._embed: nn.Module | None = None
+        self._embed: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self._graphs: EncoderGraphs | None = None
+        self._token_loaders = TokenLoaders(self, enabled=getattr(args, "token_cache", True))
         self._compile_callback = CompileCallback(getattr(args, "compile", "auto"))
         self.add_callback(self._compile_callback)
 
@@ -64,23 +83,57 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         checkpoint = self._checkpoint(resume_from_checkpoint)
         if self.model is not None:
             refuse_unreachable(self.model)
-            self._remember_prompts(self.model)
+            _warn_of_fallback(self.model)
+            remember_prompts(self.model, self.args.prompts)
         self._check_data()
         self._compile_callback.prepare(self, checkpoint)
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        self._graphs = encoder_graphs(self) if getattr(self.args, "cuda_graphs", False) else None
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        finally:
+            self._graphs = None  # and with them their memory
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """The loss of a batch; on the packed engine all columns are embedded in one pass where the loss allows it."""
         loss = self.loss[inputs["dataset_name"]] if isinstance(self.loss, dict) else self.loss
-        self._embed = model if getattr(self.model, "packs", False) and takes_one_pass(loss) else None
+        self._embed = None
+        if getattr(self.model, "packs", False) and takes_one_pass(loss):
+            self._embed = model if self._graphs is None else GraphedModel(model, self._graphs)
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The features of each column, with their embeddings where `compute_loss` found that one pass will do."""
+        if PREPARED in inputs:
+            assert self._embed is not None, "the loss or the engine has changed since the data loader was made"
+            return embed_row_once(self._embed, inputs[PREPARED]), inputs.get("label")
         columns, labels = super().collect_features(inputs)
-        return (columns if self._embed is None else embed_columns_once(self._embed, columns)), labels
+        if self._embed is None:
+            return columns, labels
+        unread = unread_features(self.model)
+        columns = [{key: value for key, value in column.items() if key not in unread} for column in columns]
+        return embed_columns_once(self._embed, columns), labels
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
+        """As sentence-transformers makes it, with texts that are token ids already where that gives the same."""
+        if getattr(self.model, "packs", False):
+            fall_back_for(self.loss.values() if isinstance(self.loss, dict) else [self.loss], self.model)
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        with self.args.main_process_first(desc="tokenising"):
+            loader, how = self._token_loaders.serve(loader, dataset)
+        if dataset_kind == "train" and self.is_world_process_zero():
+            print(f"token ids: {how}", flush=True)
+        return loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; a checkpoint (which the Trainer saves by an internal call) has the loss' weights too."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:
+            save_loss_weights(self._loss_module(), self.model, Path(output_dir))
+
+    def _loss_module(self) -> nn.Module:
+        return nn.Sequential(OrderedDict(self.loss)) if isinstance(self.loss, dict) else self.loss
 
     def _checkpoint(self, resume: str | bool | None) -> Path | None:
         if not resume:
@@ -94,31 +147,32 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
 
     def _check_data(self) -> None:
         """Look for what spoils a run; in-memory data only, since a stream can be read once."""
-        if isinstance(self.train_dataset, Dataset):
-            evaluation = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else None
+        if isinstance(self.train_dataset, Dataset | DatasetDict):
+            evaluation = self.eval_dataset if isinstance(self.eval_dataset, Dataset | DatasetDict) else None
             check_training_data(self.train_dataset, evaluation, batch_size=self.args.train_batch_size)
         losses = list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
         for loss in losses:
             warn_about_accumulation(self.args.gradient_accumulation_steps, loss)
 
-    def _remember_prompts(self, model: SentenceTransformer) -> None:
-        """Give the model the prompts it is trained with, where it has none: whoever loads it needs them to search."""
-        prompts = self.args.prompts
-        if not isinstance(prompts, dict) or any(isinstance(value, dict) for value in prompts.values()):
-            return
-        for role, name in (("anchor", "query"), ("positive", "document")):
-            if prompts.get(role) and not model.prompts.get(name):
-                model.prompts[name] = prompts[role]
-
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         model = getattr(self.model, "_orig_mod", self.model)
         restore_weights(model, Path(checkpoint_path))
+        restore_loss_weights(self._loss_module(), model, Path(checkpoint_path))
 
     def _load_best_model(self) -> None:
         # sentence-transformers logs a failure here and keeps the last weights; here it is raised.
         checkpoint = self.state.best_model_checkpoint
         self._load_from_checkpoint(checkpoint)
         self.model.model_card_data.set_best_model_step(int(checkpoint.rpartition("-")[2]))
+
+
+def _warn_of_fallback(model: SentenceTransformer) -> None:
+    engine = getattr(model, "engine", None)
+    why = engine.fallback(model[0].model) if engine is not None and engine.name == "packed" else None
+    if why is not None:
+        warnings.warn(
+            f"The packed engine is off: {why}. Load the model again to train faster.", EmbtuneWarning, stacklevel=3
+        )
 
 
 def _with_roles(datasets: Datasets, columns: Mapping[str, str] | None, source: str) -> Datasets:

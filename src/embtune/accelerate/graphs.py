@@ -1,0 +1,206 @@
+"""Replay the encoder's forward and backward as CUDA graphs: one launch each instead of thousands of kernels'.
+
+A graph repeats exactly the kernels it recorded, on the addresses it recorded. So rows are filled up to one of a few
+sizes (`Shape`), inputs are copied to where the graph reads them, and gradients are added from where it leaves them.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embtune.packing.row import PackedRow
+
+Embed = Callable[[PackedRow, int], Tensor]
+"""From a flat row, and the length that no text of it exceeds, to the embeddings [N, D] of its texts."""
+
+# Passes on a side stream before recording: libraries set up their workspaces, and compiled layers compile.
+_WARM_UP = 2
+# Attention launches blocks for the longest text that a graph may hold; those of a shorter row return at once.
+_LENGTH_STEP = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is recorded for."""
+
+    tokens: int
+    """Tokens of the row, those that fill it up included."""
+    texts: int
+    """Texts that somebody asked for."""
+    fillers: int
+    """Texts that fill up; each has at least one token, and no more than the longest."""
+    max_length: int
+    """No text is longer."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], step: int) -> "Shape":
+        """The smallest shape that holds texts of these lengths; its tokens are a multiple of `step`."""
+        longest = math.ceil(max(lengths) / _LENGTH_STEP) * _LENGTH_STEP
+        fillers = math.ceil((step + 1) / longest)
+        tokens = math.ceil((sum(lengths) + fillers) / step) * step
+        return cls(tokens, len(lengths), fillers, longest)
+
+    def fill(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """The text of each token [T] int64 and the borders of all texts [N + 1] int32, fillers included."""
+        spare, count = self.tokens - sum(row.lengths), self.fillers
+        fillers = [spare // count + (index < spare % count) for index in range(count)]
+        lengths = torch.tensor([*row.lengths, *fillers])
+        borders = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+        return torch.repeat_interleave(lengths), borders
+
+
+@dataclass(eq=False)
+class _Recording:
+    """The graphs of one shape, and the memory that they read and write."""
+
+    shape: Shape
+    row: PackedRow
+    forward: torch.cuda.CUDAGraph
+    embeddings: Tensor
+    backward: torch.cuda.CUDAGraph
+    embeddings_grad: Tensor
+    grads: list[Tensor]
+
+
+class _Ticket:
+    """Lives as long as somebody may still ask for the backward of a forward."""
+
+
+class EncoderGraphs:
+    """The recordings of one model during one run. On one device, without gradient checkpointing.
+
+    Args:
+        embed: the pass itself; must not wait for the device, nor do anything else for another row of the same shape.
+        parameters: those that are trained.
+        autocast: the dtype of `torch.autocast` in the pass, or None.
+        limit: shapes recorded at most; rows of further ones are left to the caller.
+        step: rows are filled up to a multiple of so many tokens.
+    """
+
+    def __init__(
+        self,
+        embed: Embed,
+        parameters: Sequence[nn.Parameter],
+        *,
+        autocast: torch.dtype | None = None,
+        limit: int = 16,
+        step: int = 1024,
+    ) -> None:
+        self._embed = embed
+        self._parameters = list(parameters)
+        self._autocast = autocast
+        self._limit = limit
+        self._step = step
+        self._recordings: dict[Shape, _Recording] = {}
+        self._accumulated = [torch.empty_like(parameter) for parameter in self._parameters]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._ticket: weakref.ref[_Ticket] | None = None
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes recorded so far."""
+        return list(self._recordings)
+
+    def __call__(self, row: PackedRow) -> Tensor | None:
+        """The embeddings [N, D] of a row, differentiable; None where no graph serves and the caller has to embed it.
+
+        Adds to the gradients of `parameters` in the backward pass, as autograd would.
+        """
+        if not torch.is_grad_enabled() or (self._ticket is not None and self._ticket() is not None):
+            return None  # or a forward still waits for its backward, whose states this one would overwrite
+        shape = Shape.of(row.lengths, self._step)
+        if shape not in self._recordings:
+            if len(self._recordings) == self._limit:
+                return None
+            self._recordings[shape] = self._record(row, shape)
+        recording = self._recordings[shape]
+        _copy(row, recording)
+        ticket = _Ticket()
+        self._ticket = weakref.ref(ticket)
+        return _Replay.apply(self._parameters[0], self, recording, ticket)[: shape.texts]
+
+    def _record(self, row: PackedRow, shape: Shape) -> _Recording:
+        static = _static_row(row, shape)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                embeddings = self._pass(static, shape)
+                torch.autograd.grad(embeddings, self._parameters, torch.zeros_like(embeddings), allow_unused=True)
+            del embeddings
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # What the warm-up leaves in the allocator's cache would stand beside the graphs' own memory.
+        torch.cuda.empty_cache()
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
+            embeddings = self._pass(static, shape)
+        embeddings_grad = torch.zeros_like(embeddings)
+        with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
+            found = torch.autograd.grad(embeddings, self._parameters, embeddings_grad, allow_unused=True)
+            grads = [
+                torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
+                for parameter, gradient in zip(self._parameters, found, strict=True)
+            ]
+        return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad, grads)
+
+    def _pass(self, row: PackedRow, shape: Shape) -> Tensor:
+        # autocast's cache of cast weights would be recorded as memory that is gone by the time of a replay.
+        with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+            return self._embed(row, shape.max_length)
+
+    def add_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Add a replay's gradients to those of the parameters, in memory of our own and never in the graph's."""
+        fresh = [index for index, parameter in enumerate(self._parameters) if parameter.grad is None]
+        others = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        if fresh:
+            torch._foreach_copy_([self._accumulated[index] for index in fresh], [grads[index] for index in fresh])
+            for index in fresh:
+                self._parameters[index].grad = self._accumulated[index]
+        if others:
+            held = [self._parameters[index].grad for index in others]
+            torch._foreach_add_(held, [grads[index] for index in others])
+
+
+class _Replay(torch.autograd.Function):
+    """Forward and backward of a recording; the parameters' gradients are added on the side, in a few kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, graphs: EncoderGraphs, recording: _Recording, ticket: _Ticket) -> Tensor:
+        ctx.graphs, ctx.recording, ctx.ticket = graphs, recording, ticket
+        recording.forward.replay()
+        return recording.embeddings.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        recording = ctx.recording
+        recording.embeddings_grad.copy_(gradient)
+        recording.backward.replay()
+        ctx.graphs.add_gradients(recording.grads)
+        ctx.ticket = None
+        return None, None, None, None
+
+
+def _static_row(row: PackedRow, shape: Shape) -> PackedRow:
+    """A row of this shape in memory that stays, beginning as the given one."""
+    device = row.tokens_3T.device
+    texts, borders = shape.fill(row)
+    lengths = borders.diff().tolist()
+    tokens = row.tokens_3T.new_zeros(3, shape.tokens)
+    tokens[:, : row.tokens_3T.shape[1]] = row.tokens_3T
+    tokens[2] = texts.to(device)
+    return PackedRow(tokens, borders.to(device), tuple(lengths), row.columns, row.token_types, row.others)
+
+
+def _copy(row: PackedRow, recording: _Recording) -> None:
+    """Put a row where the graph reads. Ids and positions of an earlier row that are left behind it fill it up."""
+    texts, borders = recording.shape.fill(row)
+    static, count = recording.row, row.tokens_3T.shape[1]
+    static.tokens_3T[:2, :count].copy_(row.tokens_3T[:2], non_blocking=True)
+    static.tokens_3T[2].copy_(texts.pin_memory(), non_blocking=True)
+    static.cu_seqlens.copy_(borders.pin_memory(), non_blocking=True)

@@ -1,0 +1,56 @@
+"""A model's pass over a flat row as CUDA graphs can record it, or the reason why they cannot."""
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor
+
+from embtune.models.checkpointing import describe_gradient_checkpointing
+from embtune.models.engine import Engine
+from embtune.packing.attention import flash_serves
+from embtune.packing.layout import flash_mask
+from embtune.packing.pool import POOLING_MODES, pool
+from embtune.packing.row import PackedRow
+
+
+def why_not_recordable(model: SentenceTransformer, engine: Engine | None, dtype: torch.dtype) -> str | None:
+    """What keeps this model's training pass from being recorded, or None.
+
+    Args:
+        dtype: in which the encoder computes.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return f"the model is on {device.type}, and CUDA graphs exist on NVIDIA GPUs only"
+    if engine is None or not engine.packs(model[0].model):
+        return "batches are padded"
+    if not engine.flash or not flash_serves(device, dtype):
+        return "its attention does not run in variable-length FlashAttention"
+    if torch.distributed.is_initialized():
+        return "several processes share their gradients"
+    if describe_gradient_checkpointing(model[0].model) != "off":
+        return "gradient checkpointing asks for the state of the random numbers in the middle of a pass"
+    for module in model:
+        if isinstance(module, Pooling) and (module.pooling_mode not in POOLING_MODES or not module.include_prompt):
+            return (
+                f"its pooling ({module.pooling_mode!r}, include_prompt={module.include_prompt}) has to ask the device"
+            )
+    return None
+
+
+def embed_row(model: SentenceTransformer, row: PackedRow, longest: int) -> Tensor:
+    """The embeddings [N, D] of a row in which no text is longer than `longest`; never waits for the device.
+
+    The model's modules run as they are, but for pooling: sentence-transformers 6.0's asks how many texts there are.
+    """
+    features: dict[str, Any] = row.features()
+    features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
+    for module in model:
+        if isinstance(module, Pooling):
+            states_TC = features["token_embeddings"][0]
+            features["sentence_embedding"] = pool(states_TC, row.cu_seqlens, row.tokens_3T[2], module.pooling_mode)
+        else:
+            features = module(features)
+    return features["sentence_embedding"]

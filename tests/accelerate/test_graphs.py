@@ -1,0 +1,61 @@
+"""CUDA graphs: what can be checked without a GPU is how rows are filled up, and who is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from embtune.accelerate.graphs import Shape
+from embtune.accelerate.recordable import embed_row, why_not_recordable
+from embtune.errors import ArgumentError
+from embtune.losses import MultipleNegativesRankingLoss
+from embtune.packing.row import PackedRow
+
+TinyDir = Callable[..., Path]
+
+
+@pytest.mark.parametrize("lengths", [[1], [512, 3, 40], [17] * 256, [128] * 8, [129, 1]])
+@pytest.mark.parametrize("step", [64, 1024])
+def test_shapes_hold_their_rows(lengths: list[int], step: int) -> None:
+    shape = Shape.of(lengths, step)
+    row = PackedRow.of([[np.ones(length, np.int64) for length in lengths]])
+    texts, borders = shape.fill(row)
+    assert shape.tokens % step == 0
+    assert 0 < shape.tokens - sum(lengths) <= step + shape.fillers
+    assert shape.max_length >= max(lengths)
+    assert len(texts) == borders[-1] == shape.tokens
+    assert torch.equal(texts[: sum(lengths)], row.tokens_3T[2])
+    assert torch.equal(borders[: len(lengths) + 1], row.cu_seqlens)
+    fillers = borders.diff()[len(lengths) :]
+    assert len(fillers) == shape.fillers
+    assert (fillers >= 1).all()
+    assert (fillers <= shape.max_length).all()
+
+
+def test_the_recorded_pass_is_the_models_own(tiny_dir: TinyDir) -> None:
+    model = FastSentenceTransformer.from_pretrained(
+        tiny_dir("bert"), dtype="float32", device="cpu", engine="packed"
+    ).eval()
+    texts = ["a text", "another, longer text than the first", "x"]
+    ids = [np.array(model.tokenizer(text)["input_ids"]) for text in texts]
+    row = PackedRow.of([ids], token_types=True)
+    expected = torch.tensor(model.encode(texts))
+    torch.testing.assert_close(embed_row(model, row, 128), expected, rtol=0, atol=1e-6)
+
+
+def test_who_cannot_be_recorded_is_told_why(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cpu", engine="packed")
+    assert "NVIDIA" in str(why_not_recordable(model, model.engine, torch.bfloat16))
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path), cuda_graphs=True, report_to="none", use_cpu=True, per_device_train_batch_size=2
+    )
+    pairs = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    model = FastSentenceTransformer.get_peft_model(model)
+    loss = MultipleNegativesRankingLoss(model)
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+    with pytest.raises(ArgumentError, match="cuda_graphs=True cannot be honoured: the model is on cpu"):
+        trainer.train()

@@ -1,0 +1,34 @@
+"""A row that a worker laid out: no step waits for the device to read it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TEXTS
+
+from embtune import FastSentenceTransformer
+from embtune.packing.columns import embed_row_once
+from embtune.packing.row import PackedRow
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+def test_a_prepared_row_is_embedded_without_waiting(tiny_dir: Callable[..., Path]) -> None:
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cuda", engine="packed", dtype="bfloat16")
+    padded = model.preprocess(TEXTS)
+    ids = [row[real].numpy() for row, real in zip(padded["input_ids"], padded["attention_mask"].bool(), strict=True)]
+    texts = [each.astype(np.int32) for each in ids]
+    model.eval()
+    with torch.no_grad():
+        model({key: value.cuda() for key, value in padded.items() if isinstance(value, torch.Tensor)})  # warm up
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            row = PackedRow.of([texts[:5], texts[5:]], token_types=True).pin_memory().to("cuda")
+            first, second = embed_row_once(model, row)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected = model({key: value.cuda() for key, value in padded.items() if isinstance(value, torch.Tensor)})
+    found = torch.cat([first["sentence_embedding"], second["sentence_embedding"]])
+    torch.testing.assert_close(found, expected["sentence_embedding"], rtol=0, atol=1e-3)
