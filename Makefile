@@ -19,11 +19,12 @@ test: $(VENV)/.dev
 	@echo "== import order"
 	$(BIN)/lint-imports
 	@echo "== tests, examples and the documents' code blocks"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not llamacpp and not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not llamacpp and not slow and not browser" $(TESTS)
 
-# Checks GGUF files through llama.cpp itself, which is built from source here: about five minutes, once.
-test-runtimes: $(VENV)/.llamacpp
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m llamacpp tests/runtimes
+# Checks GGUF files through llama.cpp itself, which is built from source here (about five minutes, once), and the report
+# page in a real Chromium, which Debian's package brings.
+test-runtimes: $(VENV)/.llamacpp $(VENV)/.chromium
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "llamacpp or browser" tests/runtimes tests/report
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
@@ -53,6 +54,13 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "== installing embtune and its checks"
 	$(PIP) --editable ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.chromium: $(VENV)/.dev
+	@if command -v chromium google-chrome >/dev/null 2>&1; then :; \
+	elif command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
+	  echo "== installing Chromium"; apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else echo "== no Chromium, and not the right to install it: tests of the report page in a browser are skipped"; fi
+	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.dev
 	@echo "== building llama.cpp (about five minutes)"

@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModelForFeatureExtraction
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
-from tiny import POSITIONS, TEXTS
+from tiny import ARCHITECTURES, POSITIONS, TEXTS
 
 from embtune import FastModel, FastSentenceTransformer
 from embtune.errors import ArgumentError, EmbtuneWarning, ModelError
@@ -20,7 +20,7 @@ from embtune.models.families import FAMILIES
 from embtune.models.load import POOLING_MODES
 
 IN_DEPTH = ["bert", "mpnet", "distilbert", "modernbert", "roberta", "xlm-roberta", "qwen3"]
-OTHERS = ["albert", "electra", "camembert", "deberta-v2", "nomic_bert", "qwen2", "gemma3_text"]
+OTHERS = sorted(set(ARCHITECTURES) - set(IN_DEPTH))
 
 TinyDir = Callable[..., Path]
 
@@ -80,7 +80,8 @@ def test_adapter_gradients_equal_plain_peft(model_type: str, tiny_dir: TinyDir) 
 def test_lora_sits_on_the_familys_layers_and_never_on_the_pooler(model_type: str, tiny_dir: TinyDir) -> None:
     model = FastSentenceTransformer.get_peft_model(load(tiny_dir(model_type)))
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    assert {name.rpartition(".")[2] for name in adapted} == set(FAMILIES[model_type].lora_targets)
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}  # T5's `wi` is plain or gated
+    assert {name.rpartition(".")[2] for name in adapted} == set(FAMILIES[model_type].lora_targets) & present
     assert not any("pooler" in name for name in adapted)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
@@ -392,3 +393,14 @@ def test_single_layers_can_be_adapted(model_type: str, tiny_dir: TinyDir) -> Non
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert {name.rpartition(".")[2] for name in adapted} == set(FAMILIES[model_type].lora_targets)
     assert all(".1." in name for name in adapted)
+
+
+def test_of_an_encoder_decoder_the_encoder_is_loaded(tiny_dir: TinyDir) -> None:
+    folder = tiny_dir("t5", bare=True)
+    encoder, tokenizer = FastModel.from_pretrained(folder, device="cpu", dtype="float32")
+    assert type(encoder) is transformers.T5EncoderModel
+    model = FastModel.as_sentence_transformer(encoder, tokenizer, pooling_mode=None)
+    torch.testing.assert_close(model.encode(TEXTS), load(folder).encode(TEXTS), rtol=0, atol=1e-6)
+    whole = transformers.T5Model(encoder.config)
+    with pytest.raises(ModelError, match="T5Model has a decoder"):
+        FastModel.as_sentence_transformer(whole, tokenizer, folder)

@@ -71,11 +71,18 @@ def test_the_whole_demo_on_own_code(code_dir: Path, tmp_path: Path, tiny_dir: Ca
         assert 0 <= metric["before"] <= 1
         assert metric["low"] <= metric["difference"] <= metric["high"]
 
+    card = (out / "merged" / "README.md").read_text(encoding="utf-8")
+    change = results["code"]["metrics"]["ndcg@10"]
+    assert f"{change['after']:.4f} (before: {change['before']:.4f}" in card
+    assert "lora_r" in card and "docstrings" in card
+
     [gguf] = (Path(name) for name in results["gguf"])
     assert gguf.read_bytes()[:4] == b"GGUF"
     assert f"-m {gguf}" in shown
     assert str(out / "merged") in shown
-    assert sorted(entry.name for entry in out.iterdir()) == ["gguf", "merged", "results.json"]
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(
+        ["events.jsonl", "gguf", "merged", "report.html", "results.json"]
+    )
     vectors = SentenceTransformer(str(out / "merged"), device="cpu").encode(["sort the rows", "hash the trees"])
     assert vectors.shape == (2, 32)
 

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from embtune.cli.evaluate import EvaluationTask
+from embtune.api import FastSentenceTransformer
 from embtune.cli.main import main
+from embtune.cli.tasks import EvaluationTask
+from embtune.data.readers import read_dataset
 from embtune.errors import DataError
+from embtune.evaluate import evaluate_classification
 
 
 def test_one_model_one_line(work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +56,30 @@ def test_tasks_are_recognised_by_their_columns(work_dir: Path) -> None:
     assert (similarity.main_metric, str(similarity)) == ("spearman", "12 scored pairs of sentences from sts.csv")
     with pytest.raises(DataError, match="sentence1, sentence2, with which nothing can be measured"):
         EvaluationTask.read("sts.csv", {"sentence1": "sentence1", "sentence2": "sentence2"})
+
+
+def write_labelled(path: Path, rows: int) -> None:
+    lines = (f"{('read the rows', 'sort the words', 'hash a tree')[i % 3]} {i},{i % 3}" for i in range(rows))
+    path.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_clustering_and_classification(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_labelled(work_dir / "texts.csv", 30)
+    write_labelled(work_dir / "probe.csv", 24)
+    models = [str(tiny_dir(family)) for family in ("bert", "distilbert")]
+    assert main(["evaluate", *models, "--data", "texts.csv", "--task", "clustering"]) == 0
+    shown = capsys.readouterr().out
+    assert "clustering of 30 texts (text) in 3 classes (label) from texts.csv" in shown
+    assert "v_measure" in shown and "95% interval" in shown
+    line = ["evaluate", models[0], "--data", "texts.csv", "--task", "classification", "--train-data", "probe.csv"]
+    assert main([*line, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "with a probe trained on 24 others" in captured.err
+    [result] = json.loads(captured.out)["results"]
+    model = FastSentenceTransformer.from_pretrained(models[0], dtype="float32", for_inference=True)
+    probe, texts = (read_dataset(name) for name in ("probe.csv", "texts.csv"))
+    expected = evaluate_classification(model, probe["text"], probe["label"], texts["text"], texts["label"])
+    assert result["metrics"] == pytest.approx(expected.metrics)
+    assert EvaluationTask.read("texts.csv", {}, task="clustering").main_metric == "v_measure"

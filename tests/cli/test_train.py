@@ -14,11 +14,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as all_losses
 from torch import nn
 
+from embtune.api import FastSentenceTransformer
 from embtune.cli import config as configs
 from embtune.cli.config import EvaluateConfig, ExportChoice, ExportConfig, TrainConfig, TrainDetails
 from embtune.cli.config_file import read_defaults
 from embtune.cli.loss_choice import LOSS_INPUTS, make_loss
 from embtune.cli.main import main
+from embtune.cli.tasks import EvaluationTask
 from embtune.cli.train import run_train
 from embtune.errors import ArgumentError
 from embtune.export.gguf import GGUF_QUANTIZATIONS
@@ -56,7 +58,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_whole_run(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = train("--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 6 --lora-r 4 --output run")
     run = work_dir / "run"
-    assert sorted(entry.name for entry in run.iterdir()) == ["checkpoints", "merged", "results.json", "run.json"]
+    assert sorted(entry.name for entry in run.iterdir()) == sorted(
+        ["checkpoints", "events.jsonl", "merged", "report.html", "results.json", "run.json"]
+    )
     assert results["training"]["steps"] == 6
     assert results["training"]["first_loss"] > 0
     assert results["exports"] == {"merged": "run/merged"}
@@ -115,6 +119,24 @@ def test_a_config_file_and_flags_that_win_over_it(train: Train, work_dir: Path) 
     assert SentenceTransformer(str(merged), device="cpu").prompts["query"] == "query: "
     [gguf] = (work_dir / "from-flag" / "gguf").iterdir()
     assert gguf.read_bytes()[:4] == b"GGUF"
+
+
+def test_before_and_after_are_measured_with_the_same_prompts(
+    train: Train, work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 1 --dtype float32 --output run"
+    results = train(f"{flags} --prompts anchor='find: ' positive='code: '")
+    assert "with these prompts, before and after: query 'find: ', document 'code: '." in capsys.readouterr().out
+    prompted = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), dtype="float32", for_inference=True)
+    data = EvaluationTask.read("dev.jsonl", {})
+    bare = data.run(prompted).metrics["ndcg@10"]
+    prompted.prompts.update(query="find: ", document="code: ")
+    before = results["evaluation"]["metrics"]["ndcg@10"]["before"]
+    assert before == pytest.approx(data.run(prompted).metrics["ndcg@10"])
+    assert before != pytest.approx(bare)
+    scored = "--data train.jsonl --eval-data sts.csv --eval-columns sentence1=sentence1 sentence2=sentence2 score=score"
+    train(f"{scored} --batch-size 8 --max-steps 1 --output sts --prompts anchor='find: '")
+    assert "Measured without prompts, before and after: sts has no queries" in capsys.readouterr().out
 
 
 class InterruptedStream(io.StringIO):
@@ -280,6 +302,9 @@ def model(tiny_dir: Callable[..., Path]) -> SentenceTransformer:
 def test_losses_with_their_own_arguments(model: SentenceTransformer, tiny_dir: Callable[..., Path]) -> None:
     softmax = make_loss("SoftmaxLoss", {"num_labels": 3}, model)
     assert softmax.classifier.weight.shape == (3, 3 * 32)
+    with pytest.warns(DeprecationWarning, match="Symmetric"):
+        symmetric = make_loss("MultipleNegativesSymmetricRankingLoss", {"scale": 30}, model)
+    assert symmetric.scale == 30
     guided = make_loss("GISTEmbedLoss", {"guide": str(tiny_dir("mpnet")), "temperature": 0.05}, model, (32, 8))
     assert isinstance(guided, all_losses.MatryoshkaLoss)
     assert guided.loss.guide is not model

@@ -44,6 +44,27 @@ def test_cells_that_are_no_text() -> None:
         check_training_data(CLEAN, Dataset.from_dict({"query": ["a"], "answer": [3]}))
 
 
+def test_several_data_sets_are_checked_by_name() -> None:
+    twice, same = pairs(("a", "1"), ("a", "1")), pairs(("x", "x"), ("y", "z"))
+    stream = CLEAN.to_iterable_dataset()
+    evaluation = {"seen": pairs(("A", "7"), ("new", "8")), "unseen": pairs(("other", "9"))}
+    with pytest.warns(EmbtuneWarning) as caught:
+        found = check_training_data({"twice": twice, "same": same, "stream": stream}, evaluation, batch_size=9)
+    assert found == [str(warning.message) for warning in caught]
+    assert [text[:53] for text in found] == [
+        "1 of 2 training rows 'twice' repeat an earlier row (r",
+        "In 1 of 2 training rows 'same' anchor and positive ar",
+        "1 of 2 evaluation rows 'seen' have as anchor a text t",
+    ]
+    with pytest.raises(DataError, match="longest of the training data sets has 3 rows, but a batch holds 4"):
+        check_training_data({"one": CLEAN, "other": same}, batch_size=4)
+    assert check_training_data({"one": CLEAN, "other": pairs(("y", "z"))}, batch_size=3) == []
+    with pytest.raises(DataError, match=r"the training data 'bad', row 2 \(dataset\[1\]\), column 'anchor' is empty"):
+        check_training_data({"one": CLEAN, "bad": Dataset.from_dict({"query": ["a", None], "answer": ["b", "c"]})})
+    with pytest.raises(DataError, match="the evaluation data 'bad', row 1"):
+        check_training_data(CLEAN, {"bad": Dataset.from_dict({"query": ["a"], "answer": [3]})})
+
+
 def test_duplicate_rows() -> None:
     (finding,) = findings(pairs(("a", "1"), ("b", "2"), ("a", "1"), ("a", "3"), ("a", "1")))
     assert "2 of 5 training rows" in finding
@@ -104,10 +125,18 @@ def model(minilm_dir: Path) -> SentenceTransformer:
         ("MultipleNegativesRankingLoss", "use CachedMultipleNegativesRankingLoss"),
         ("GISTEmbedLoss", "use CachedMultipleNegativesRankingLoss"),
         ("MegaBatchMarginLoss", "use CachedMultipleNegativesRankingLoss"),
+        ("ContrastiveTensionLossInBatchNegatives", "use CachedMultipleNegativesRankingLoss"),
         ("CachedMultipleNegativesRankingLoss", "Raise per_device_train_batch_size"),
         ("CachedGISTEmbedLoss", "Raise per_device_train_batch_size"),
+        ("MultipleNegativesSymmetricRankingLoss", "use CachedMultipleNegativesRankingLoss"),
+        ("CachedMultipleNegativesSymmetricRankingLoss", "Raise per_device_train_batch_size"),
+        ("BatchAllTripletLoss", "gradient checkpointing makes room"),
+        ("BatchHardTripletLoss", "gradient checkpointing makes room"),
+        ("BatchHardSoftMarginTripletLoss", "gradient checkpointing makes room"),
+        ("BatchSemiHardTripletLoss", "gradient checkpointing makes room"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The .*SymmetricRankingLoss is deprecated:DeprecationWarning")
 def test_accumulation_does_not_enlarge_a_contrastive_batch(model: SentenceTransformer, name: str, remedy: str) -> None:
     guide = (model,) if "GIST" in name else ()
     loss = getattr(losses, name)(model, *guide)
@@ -121,5 +150,9 @@ def test_accumulation_is_fine_otherwise(model: SentenceTransformer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_about_accumulation(1, losses.MultipleNegativesRankingLoss(model))
-        warn_about_accumulation(8, losses.CoSENTLoss(model))
+        for name in ("CoSENTLoss", "AnglELoss", "TripletLoss", "ContrastiveLoss", "OnlineContrastiveLoss", "MSELoss"):
+            warn_about_accumulation(8, getattr(losses, name)(model))
+        for name in ("MarginMSELoss", "DistillKLDivLoss", "ContrastiveTensionLoss"):
+            warn_about_accumulation(8, getattr(losses, name)(model))
+        warn_about_accumulation(8, losses.SoftmaxLoss(model, 384, 2))
         warn_about_accumulation(8, {"sts": losses.CosineSimilarityLoss(model)})

@@ -200,7 +200,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 HUB_PROGRAM = """
 import sys
-from embtune.data.readers import read_dataset
+from embtune.data.readers import read_dataset, read_raw
 from embtune.errors import DataError
 for source, options in [
     ("ada/secret", {}),
@@ -217,6 +217,8 @@ for source, options in [
         print(read_dataset(source, **options)[:])
     except DataError as error:
         print("DataError", " ".join(str(error).split()))
+raw = read_raw("ada/configured:second")
+print(raw.source, raw.unit, list(raw.rows))
 """
 
 
@@ -251,6 +253,7 @@ def test_hub_datasets(hub: "HubServer", tmp_path: Path) -> None:
         assert line.startswith("DataError")
         assert all(fragment in line for fragment in fragments), line
     two, one = {"anchor": ["a", "c"], "positive": ["b", "d"]}, {"anchor": ["e"], "positive": ["f"]}
+    assert lines.pop() == "ada/configured:second row [(1, {'answer': 'f', 'query': 'e'})]"
     assert lines[4:] == [str(rows) for rows in (two, one, {"anchor": ["a"], "positive": ["b"]}, one, one)]
 
 

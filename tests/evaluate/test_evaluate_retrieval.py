@@ -10,10 +10,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sklearn.metrics import ndcg_score
 
+from embtune.data import ranking as ranking_module
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError, DataError, ModelError
 from embtune.evaluate import RetrievalResult, evaluate_retrieval
-from embtune.evaluate import ranking as ranking_module
 
 THINGS = ["file", "socket", "thread", "list", "date", "matrix", "string", "password", "image", "process"]
 ACTIONS = ["open", "close", "copy", "sort", "print", "compare"]

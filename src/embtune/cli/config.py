@@ -19,8 +19,11 @@ from embtune.cli.flags import (
     Switch,
     Texts,
     Values,
+    bytes_of,
+    seconds_of,
     shown,
 )
+from embtune.cli.places import check_place
 from embtune.errors import ArgumentError
 
 QUANTIZATIONS: Mapping[str, tuple[str, ...]] = {
@@ -71,6 +74,8 @@ class TrainDetails:
     """Recompute layers in the backward pass: less memory, slower."""
     compile: Literal["auto", "never", "always"] = "auto"
     """Compile the layers; auto does where the run is long enough to pay."""
+    token_cache: Switch = True
+    """Texts are tokenised once, for all epochs and later runs, unless --no-token-cache."""
     lora_dropout: Float = 0.0
     """Dropout before the adapters."""
     lora_targets: Texts = ()
@@ -121,7 +126,7 @@ class TrainConfig:
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("embtune-run")
     """Folder for the model, checkpoints and results."""
     config: Annotated[Path | None, shown("FILE")] = None
-    """YAML file with these names as keys; flags win over it."""
+    """YAML file with these names as keys; flags win over it. May stand first: embtune train FILE.yaml."""
     resume: Switch = False
     """Go on from the newest checkpoint in --output."""
     epochs: MaybeFloat = None
@@ -135,7 +140,7 @@ class TrainConfig:
     max_seq_length: MaybeInt = None
     """Longest text in tokens; without, the model's own."""
     loss: Annotated[str, tyro.conf.arg(metavar="NAME")] = "MultipleNegativesRankingLoss"
-    """Any loss of sentence-transformers."""
+    """Any of sentence-transformers but AdaptiveLayerLoss and Matryoshka2dLoss; MatryoshkaLoss is matryoshka_dims."""
     lora_r: Int = 16
     """Rank of the LoRA adapters."""
     lora_alpha: Float = 32
@@ -241,7 +246,11 @@ class EvaluateConfig:
     models: tyro.conf.Positional[Annotated[tuple[str, ...], shown("MODEL…")]]
     """Folders, adapter folders or Hub names."""
     data: Annotated[str, tyro.conf.arg(metavar="DATA")]
-    """BEIR folder, pairs (anchor, positive), or scored sentences (sentence1, sentence2, score)."""
+    """BEIR folder, pairs (anchor, positive), sentence1, sentence2 and score, or text and label."""
+    task: Literal["auto", "retrieval", "sts", "clustering", "classification"] = "auto"
+    """What to measure; auto knows retrieval and sts by their columns."""
+    train_data: Annotated[str | None, shown("DATA")] = None
+    """Labelled texts that the probe of a classification learns from."""
     columns: Pairs = field(default_factory=dict)
     """Roles of your columns, as question=anchor answer=positive; known names need none."""
     split: MaybeText = None
@@ -281,10 +290,56 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         ExportChoice.of(self.format, self.quantization, "quantization")
-        if self.out.exists() and not self.out.is_dir():
-            raise ArgumentError(f"out={self.out} is a file; give a folder.")
+        check_place("out", self.out)
         if self.out.exists() and Path(self.model).exists() and self.out.samefile(self.model):
             raise ArgumentError(f"out={self.out} is the model's own folder; give another.")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one page of HTML that shows what happened in a run, or compares several; it needs no network."""
+
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], shown("RUN…")]]
+    """Folders of runs: the --output of `embtune train`, the --out of `embtune demo`."""
+    out: Annotated[Path | None, shown("FILE")] = None
+    """The page; without, report.html in the folder of the only run, or embtune-report.html here for several."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ArgumentError("Name at least one run: the folder that --output of `embtune train` said.")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Show the page of a run while it goes on, on this machine only; open the address that is printed."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder of the run; it need not be there yet."""
+    port: Int = 0
+    """Port on 127.0.0.1; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ArgumentError(f"port={self.port} must be between 0 and 65535.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Show the token ids that are kept between runs, so that texts are tokenised once; or remove some of them."""
+
+    action: tyro.conf.Positional[Annotated[Literal["show", "clear"], tyro.conf.arg(metavar="[show|clear]")]] = "show"
+    """clear removes everything; the next run tokenises again."""
+    max_size: Annotated[str | None, shown("SIZE")] = None
+    """Remove what was unused for longest until this is kept, as 2GB or 500MB."""
+    max_age: Annotated[str | None, shown("TIME")] = None
+    """Remove what no run used for so long, as 30d or 12h."""
+
+    def __post_init__(self) -> None:
+        if self.action == "clear" and (self.max_size or self.max_age):
+            raise ArgumentError("clear removes everything; leave --max-size and --max-age out, or leave clear out.")
+        for name, parse in (("max_size", bytes_of), ("max_age", seconds_of)):
+            if getattr(self, name) is not None:
+                parse(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -321,5 +376,4 @@ class DemoConfig:
             raise ArgumentError(f"--batch-size {self.batch_size}: a pair needs others in its batch as negatives.")
         if not self.learning_rate > 0:
             raise ArgumentError(f"--learning-rate {self.learning_rate} must be more than 0.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ArgumentError(f"--out {self.out} is a file; give a folder.")
+        check_place("--out", self.out)

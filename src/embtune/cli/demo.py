@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,30 @@ from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
 from embtune.cli import plain_reload
-from embtune.cli.config import DemoConfig
+from embtune.cli.config import DemoConfig, ExportChoice
 from embtune.cli.display import duration, make_console, print_commands, sample_table, working
-from embtune.cli.timed_training import train_within
+from embtune.cli.export import save_export_for_report
+from embtune.cli.run_folder import RunFolder
+from embtune.cli.timed_training import TrainingFacts, train_within
 from embtune.data.code_pairs import CodePairs, collect_code_pairs
 from embtune.data.general_text import general_retrieval
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ExportError
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.retrieval import RetrievalResult, evaluate_retrieval
-from embtune.files import atomic_folder, write_json
+from embtune.export.card import DataFacts, describe_training, metric_changes
+from embtune.files import write_json
 from embtune.models.families import family_of, unwrapped
 from embtune.models.modules import single_transformer
+from embtune.report.events import EventLog
+from embtune.report.evidence import Evidence
+from embtune.report.page import write_report
 from embtune.runtime import describe_machine, require
 
 MAX_SEQ_LENGTH = 256  # tokens; most functions are shorter, and the longest would set the time of every batch
 AFTER_COST = 1.3  # scoring with the adapter attached, relative to scoring without
 MIN_COSINE = 0.999  # half-precision weights, rounded once more by the merge, stay above it
+LORA_R, LORA_ALPHA = 16, 32
 FEW_STEPS = 10
 SAMPLES = 5
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
@@ -47,8 +55,6 @@ class Scores:
     """Held-out functions: the job."""
     general: RetrievalResult
     """Prose: what must not be forgotten."""
-    seconds: float
-    """Time it took to measure."""
 
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> int:
@@ -73,42 +79,62 @@ def _run(config: DemoConfig, console: Console) -> None:
         pairs = collect_code_pairs(config.path, held_out=config.held_out, seed=config.seed)
         general = general_retrieval([text for row in pairs.train for text in row], limit=config.held_out)
     _describe_pairs(pairs, general, console)
+    log = EventLog(config.out)
+    with RunFolder(config.out).without_remains(), log.run("demo", _settings(config), describe_machine()):
+        merged, gguf = _teach(config, source, pairs, general, log, console)
+    with working(console, "Writing the report"):
+        page = write_report([config.out])
+    _show_next(config, merged, gguf, page, pairs.held_out, console)
+
+
+def _teach(
+    config: DemoConfig, source: str, pairs: CodePairs, general: RetrievalData, log: EventLog, console: Console
+) -> tuple[Path, list[Path]]:
+    """Load, score, train, score and save; returns the merged model's folder and the GGUF files."""
     model = FastSentenceTransformer.from_pretrained(source, engine=config.engine)
     model.max_seq_length = min(model.max_seq_length or MAX_SEQ_LENGTH, MAX_SEQ_LENGTH)
-    model = FastSentenceTransformer.get_peft_model(model, r=16, lora_alpha=32, random_state=config.seed)
+    model = FastSentenceTransformer.get_peft_model(model, r=LORA_R, lora_alpha=LORA_ALPHA, random_state=config.seed)
     console.print(str(model.explain()), style="dim")
 
     start = time.perf_counter()
-    before = _score(model, pairs.held_out, general, "Scoring the model as it is", console)
+    before = _score(model, pairs.held_out, general, "Scoring the model as it is", log, console)
+    on_code, on_prose = Evidence("code of unseen modules", pairs.held_out), Evidence("prose", general, "forgetting")
+    on_code.see_before(model, before.code)
+    on_prose.see_before(model, before.general)
+    log.phase("Preparing the data")
     facts = train_within(
         model,
         pairs.train,
-        seconds=60 * config.minutes - (1 + AFTER_COST) * before.seconds,
+        seconds=60 * config.minutes - (1 + AFTER_COST) * (time.perf_counter() - start),
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,
         console=console,
+        log=log,
     )
     if config.steps is None and facts.steps < FEW_STEPS:
         console.print(
             f"Only {facts.steps} steps fitted into the time; more --minutes give it a chance.", style="yellow"
         )
-    after = _score(model, pairs.held_out, general, "Scoring the trained model", console)
-    console.print(f"Training and evaluation took {duration(time.perf_counter() - start)}.\n")
+    after = _score(model, pairs.held_out, general, "Scoring the trained model", log, console)
     code, forgetting = compare(before.code, after.code), compare(before.general, after.general)
+    log.write("comparison", **on_code.compared(model, after.code, code))
+    log.write("comparison", **on_prose.compared(model, after.general, forgetting))
+    console.print(f"Training and evaluation took {duration(time.perf_counter() - start)}.\n")
     _show_gain(code, forgetting, console)
     _show_samples(before.code, after.code, pairs.held_out, config.seed, console)
 
+    _describe(config, model, source, pairs, facts, {"code of modules never trained on": code, "prose": forgetting})
     merged = config.out / "merged"
-    with working(console, f"Saving the merged model in {merged}"):
-        model.save_pretrained_merged(str(merged))
+    with working(console, f"Saving the merged model in {merged}", log):
+        save_export_for_report(model, ExportChoice.parse("merged"), merged, log)
     with working(console, "Loading it again in another process, in plain sentence-transformers"):
         cosine = _reload_elsewhere(model, merged, pairs.held_out)
     console.print(f"Lowest cosine between its embeddings and those of the trained model: {cosine:.6f}")
-    gguf = _save_gguf(model, config.out / "gguf", console)
+    gguf = _save_gguf(model, config.out / "gguf", log, console)
     results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "settings": _settings(config),
         "model": source,
         "data": {
             "train": len(pairs.train),
@@ -124,9 +150,12 @@ def _run(config: DemoConfig, console: Console) -> None:
         "gguf": [str(file) for file in gguf],
         "machine": describe_machine(model.device),
     }
-    with atomic_folder(config.out) as folder:
-        write_json(folder / "results.json", results)
-    _show_next(config, merged, gguf, pairs.held_out, console)
+    write_json(config.out / "results.json", results)
+    return merged, gguf
+
+
+def _settings(config: DemoConfig) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
 def _model_source(config: DemoConfig) -> str:
@@ -161,12 +190,10 @@ def _describe_pairs(pairs: CodePairs, general: RetrievalData, console: Console) 
 
 
 def _score(
-    model: SentenceTransformer, code: RetrievalData, general: RetrievalData, what: str, console: Console
+    model: SentenceTransformer, code: RetrievalData, general: RetrievalData, what: str, log: EventLog, console: Console
 ) -> Scores:
-    start = time.perf_counter()
-    with working(console, what):
-        on_code, on_general = evaluate_retrieval(model, code, k=10), evaluate_retrieval(model, general, k=10)
-    return Scores(on_code, on_general, time.perf_counter() - start)
+    with working(console, what, log):
+        return Scores(evaluate_retrieval(model, code, k=10), evaluate_retrieval(model, general, k=10))
 
 
 def _show_gain(code: Comparison, forgetting: Comparison, console: Console) -> None:
@@ -217,14 +244,42 @@ def _reload_elsewhere(model: SentenceTransformer, folder: Path, data: RetrievalD
     return lowest
 
 
-def _save_gguf(model: FastSentenceTransformer, folder: Path, console: Console) -> list[Path]:
+def _describe(
+    config: DemoConfig,
+    model: SentenceTransformer,
+    source: str,
+    pairs: CodePairs,
+    facts: TrainingFacts,
+    comparisons: Mapping[str, Comparison],
+) -> None:
+    """Fill the card of the saved model as `embtune train` does."""
+    describe_training(
+        model,
+        settings={
+            "loss": "MultipleNegativesRankingLoss",
+            "steps": facts.steps,
+            "batch_size": config.batch_size,
+            "learning_rate": config.learning_rate,
+            "lora_r": LORA_R,
+            "lora_alpha": LORA_ALPHA,
+            "seed": config.seed,
+        },
+        metrics={name: metric_changes(comparison) for name, comparison in comparisons.items()},
+        base_model=source,
+        data=[
+            DataFacts("functions and the first sentences of their docstrings", len(pairs.train), ("anchor", "positive"))
+        ],
+    )
+
+
+def _save_gguf(model: FastSentenceTransformer, folder: Path, log: EventLog, console: Console) -> list[Path]:
     config = unwrapped(single_transformer(model, "GGUF").model).config
     family = family_of(config)
     if family is None or family.gguf_architecture is None:
         console.print(f"No GGUF: llama.cpp has no architecture for {config.model_type} that embtune can write.")
         return []
-    with working(console, f"Saving for llama.cpp in {folder}"):
-        return model.save_pretrained_gguf(str(folder), quantization_method="q8_0")
+    with working(console, f"Saving for llama.cpp in {folder}", log):
+        return [save_export_for_report(model, ExportChoice.parse("gguf:q8_0"), folder, log)]
 
 
 def _summary(comparison: Comparison) -> dict[str, Any]:
@@ -236,7 +291,9 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _show_next(config: DemoConfig, merged: Path, gguf: list[Path], data: RetrievalData, console: Console) -> None:
+def _show_next(
+    config: DemoConfig, merged: Path, gguf: list[Path], page: Path, data: RetrievalData, console: Console
+) -> None:
     query = next(iter(data.queries.values()))
     # JSON's double quotes stand inside the shell's single ones without a thicket of escapes.
     load = f"SentenceTransformer({json.dumps(str(merged))})"
@@ -253,5 +310,6 @@ def _show_next(config: DemoConfig, merged: Path, gguf: list[Path], data: Retriev
             f"embtune train --model {shlex.quote(str(merged))} --data pairs.jsonl",
         ),
     ]
-    console.print(f"\nDone. All numbers are in {config.out / 'results.json'}.", style="bold green")
+    done = f"\nDone. What happened is on the page {page}; all numbers are in {config.out / 'results.json'}."
+    console.print(done, style="bold green", soft_wrap=True)
     print_commands(console, commands)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from embtune.cli.pacing import TimeBudget
 from embtune.evaluate.retrieval import RetrievalResult
+from embtune.report.events import EventLog
 
 LOG_WIDTH = 120
 SECONDS_BETWEEN_LINES = 10.0
@@ -25,8 +26,10 @@ def make_console() -> Console:
 
 
 @contextmanager
-def working(console: Console, what: str) -> Iterator[None]:
-    """Show that `what` is under way, and how long it took."""
+def working(console: Console, what: str, log: EventLog | None = None) -> Iterator[None]:
+    """Show that `what` is under way, and how long it took; `log` is told that it begins."""
+    if log is not None:
+        log.phase(what)
     start = time.perf_counter()
     if console.is_terminal:
         with console.status(Text(f"{what} ...")):

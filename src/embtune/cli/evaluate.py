@@ -1,99 +1,21 @@
-"""`embtune evaluate`: any number of models on one data set, in one table; `EvaluationTask` serves training too."""
+"""`embtune evaluate`: any number of models on one data set, in one table."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
 from embtune.cli.config import EvaluateConfig
 from embtune.cli.display import make_console, working
-from embtune.data.columns import LABEL_ROLES
-from embtune.data.readers import read_dataset
-from embtune.data.retrieval import RetrievalData
-from embtune.errors import ArgumentError, DataError
+from embtune.cli.tasks import EvaluationTask
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.result import EvaluationResult
-from embtune.evaluate.retrieval import evaluate_retrieval
-from embtune.evaluate.sts import evaluate_sts
 from embtune.runtime import describe_machine
 
 REGRESSIONS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class EvaluationTask:
-    """Data to measure a model on: retrieval, or similarity of scored sentences."""
-
-    name: str
-    """Its file or folder without the way there, or its Hub name."""
-    data: RetrievalData | Dataset
-    """Queries and documents, or rows of sentence1, sentence2 and a score."""
-    k: int = 10
-    """Depth of the retrieval metrics."""
-    batch_size: int = 64
-    """Texts encoded at a time."""
-
-    @classmethod
-    def read(
-        cls,
-        source: str,
-        columns: Mapping[str, str],
-        split: str | None = None,
-        *,
-        k: int | None = None,
-        batch_size: int = 64,
-    ) -> "EvaluationTask":
-        """Read a BEIR folder, or rows that are pairs or scored sentences, from a file or the Hub.
-
-        Raises:
-            ArgumentError, DataError: see the message, which names file, line and column.
-        """
-        path = Path(source).expanduser()
-        if path.is_dir():
-            if columns:
-                raise ArgumentError(f"columns={dict(columns)}: {source} is a BEIR folder, whose keys are fixed.")
-            return cls(path.resolve().name, RetrievalData.from_beir(path, split or "test"), k or cls.k, batch_size)
-        rows = read_dataset(source, columns=columns or None, split=split or "train")
-        name = path.name if path.exists() else source
-        if "anchor" in rows.column_names:
-            return cls(name, RetrievalData.from_pairs(rows), k or cls.k, batch_size)
-        if "sentence1" in rows.column_names and _label(rows):
-            if k is not None:
-                raise ArgumentError(f"k={k} is the depth of retrieval, but {source} holds scored sentences.")
-            return cls(name, rows, batch_size=batch_size)
-        raise DataError(
-            f"{source} has the columns {', '.join(rows.column_names)}, with which nothing can be measured. Give pairs "
-            "(anchor, positive), scored sentences (sentence1, sentence2, score), or a BEIR folder."
-        )
-
-    @property
-    def main_metric(self) -> str:
-        """The metric by which the best checkpoint is known."""
-        return f"ndcg@{self.k}" if isinstance(self.data, RetrievalData) else "spearman"
-
-    def run(self, model: SentenceTransformer) -> EvaluationResult:
-        """Measure `model`."""
-        if isinstance(self.data, RetrievalData):
-            return evaluate_retrieval(model, self.data, k=self.k, batch_size=self.batch_size)
-        columns = self.data["sentence1"], self.data["sentence2"], self.data[_label(self.data)]
-        return evaluate_sts(model, *map(list, columns), batch_size=self.batch_size)
-
-    def __str__(self) -> str:
-        if isinstance(self.data, RetrievalData):
-            return f"{len(self.data.queries):,} queries and {len(self.data.corpus):,} documents from {self.name}"
-        return f"{len(self.data):,} scored pairs of sentences from {self.name}"
-
-
-def _label(rows: Dataset) -> str | None:
-    return next((name for name in rows.column_names if name in LABEL_ROLES), None)
 
 
 def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
@@ -105,8 +27,18 @@ def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     # With --json, standard output carries the object and nothing else.
     console = console or (Console(stderr=True, markup=False, highlight=False) if config.json else make_console())
     with working(console, f"Reading {config.data}"):
-        task = EvaluationTask.read(config.data, config.columns, config.split, k=config.k, batch_size=config.batch_size)
+        task = EvaluationTask.read(
+            config.data,
+            config.columns,
+            config.split,
+            task=config.task,
+            train_data=config.train_data,
+            k=config.k,
+            batch_size=config.batch_size,
+        )
     console.print(f"Measuring on {task}.")
+    if len(config.models) > 1:
+        task.check_comparable()
     results = {name: _measure(name, task, config, console) for name in config.models}
     baseline, *others = config.models
     comparisons = {name: compare(results[baseline], results[name]) for name in others}

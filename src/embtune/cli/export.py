@@ -10,8 +10,10 @@ from embtune.api import FastSentenceTransformer
 from embtune.cli.config import ExportChoice, ExportConfig
 from embtune.cli.display import make_console, print_commands, working
 from embtune.export.gguf_architecture import gguf_architecture
+from embtune.export.parity import collected_parities
 from embtune.models.families import unwrapped
 from embtune.models.modules import single_transformer
+from embtune.report.events import EventLog
 from embtune.runtime import require
 
 
@@ -29,9 +31,7 @@ def run_export(config: ExportConfig, console: Console | None = None) -> int:
     check_export(model, choice)
     with working(console, f"Saving as {choice} in {config.out}"):
         saved = save_export(model, choice, config.out)
-    files = [saved] if saved.is_file() else [file for file in saved.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    console.print(f"Saved {saved}: {size / 1e6:,.1f} MB.", style="bold green", soft_wrap=True)
+    console.print(f"Saved {saved}: {_bytes(saved) / 1e6:,.1f} MB.", style="bold green", soft_wrap=True)
     print_commands(console, [usage(choice, saved)])
     return 0
 
@@ -58,6 +58,21 @@ def save_export(model: FastSentenceTransformer, choice: ExportChoice, folder: Pa
         return model.save_pretrained_torchao(folder, torchao_config=str(choice.quantization))
     method = f"merged_{choice.quantization}" if choice.quantization else "merged"
     return model.save_pretrained_merged(folder, save_method=method)
+
+
+def save_export_for_report(model: FastSentenceTransformer, choice: ExportChoice, folder: Path, log: EventLog) -> Path:
+    """As `save_export`, with size and parity noted among the run's events."""
+    with collected_parities() as parities:
+        saved = save_export(model, choice, folder)
+    parity = {name: getattr(parities[-1], name) for name in ("minimum", "mean", "texts")} if parities else None
+    check = "every number read back, equal as far as its type can hold it" if choice.format == "gguf" else None
+    log.write("export", format=str(choice), path=saved, bytes=_bytes(saved), parity=parity, check=check)
+    return saved
+
+
+def _bytes(saved: Path) -> int:
+    files = [saved] if saved.is_file() else [file for file in saved.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def usage(choice: ExportChoice, saved: Path) -> tuple[str, str]:

@@ -19,9 +19,12 @@ from transformers import (
 
 from embtune.cli.config import TrainConfig
 from embtune.cli.display import TrainingProgress
-from embtune.cli.evaluate import EvaluationTask
 from embtune.cli.pacing import TimeBudget
 from embtune.cli.run_folder import RunFolder
+from embtune.cli.tasks import EvaluationTask
+from embtune.report.callback import EventCallback, StepTimer
+from embtune.report.events import EventLog
+from embtune.report.lengths import measure_lengths
 from embtune.runtime import choose_dtype
 from embtune.train.arguments import SentenceTransformerTrainingArguments
 from embtune.train.checkpoints import last_whole_checkpoint
@@ -42,6 +45,7 @@ def fit(
     data: dict[str, Dataset],
     task: EvaluationTask | None,
     console: Console,
+    log: EventLog,
     on_begin: Callable[[], None],
 ) -> dict[str, Any]:
     """Train `model` in place.
@@ -59,13 +63,18 @@ def fit(
         args=training_arguments(config, run, model, evaluated),
         train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
         loss=loss,
-        evaluator=TaskEvaluator(evaluated, console) if evaluated else None,
+        evaluator=TaskEvaluator(evaluated, console, log) if evaluated else None,
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.remove_callback(PrinterCallback)
     length = RunLength()
-    progress = TrainingProgress(console, length, tokens_per_step(trainer))
-    for callback in (BeginCallback(on_begin), length, progress):
+    lengths = measure_lengths(model, data, config.batch_size, config.more.prompts)
+    if lengths is not None:
+        log.write("lengths", **lengths)
+    tokens = config.batch_size * lengths["tokens_per_row"] if lengths else tokens_per_step(trainer)
+    progress = TrainingProgress(console, length, tokens)
+    timer = StepTimer(log, trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss])
+    for callback in (BeginCallback(on_begin), EventCallback(log, tokens), timer, length, progress):
         trainer.add_callback(callback)
     checkpoint = str(last_whole_checkpoint(run.checkpoints)) if config.resume else None
     with progress:
@@ -102,6 +111,7 @@ def training_arguments(
         batch_sampler=more.batch_sampler,
         prompts=dict(more.prompts) or None,
         compile=more.compile,
+        token_cache=more.token_cache,
         eval_strategy="steps" if evaluated else "no",
         eval_steps=more.eval_steps,
         save_strategy="steps" if save_steps else "epoch",
@@ -120,8 +130,9 @@ def training_arguments(
 class TaskEvaluator(SentenceEvaluator):
     """An evaluation task in the form that the Trainer calls; shows the result of each call."""
 
-    def __init__(self, task: EvaluationTask, console: Console) -> None:
+    def __init__(self, task: EvaluationTask, console: Console, log: EventLog) -> None:
         super().__init__()
+        self.log = log
         self.task = task
         self.console = console
         self.primary_metric = task.main_metric
@@ -133,6 +144,7 @@ class TaskEvaluator(SentenceEvaluator):
         epoch: float = -1,
         steps: int = -1,
     ) -> dict[str, float]:
+        self.log.phase("Measuring while training")
         result = self.task.run(model)
         self.console.print(f"after step {steps}: {result}")
         self.store_metrics_in_model_card_data(model, result.metrics, epoch, steps)

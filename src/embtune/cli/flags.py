@@ -49,6 +49,28 @@ def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def bytes_of(name: str, size: str) -> float:
+    """`2GB` in bytes; `name` begins the message.
+
+    Raises:
+        ArgumentError: it is no number with one of the units.
+    """
+    return _with_unit(name, size, {"MB": 10**6, "GB": 10**9, "TB": 10**12}, "2GB")
+
+
+def seconds_of(name: str, time: str) -> float:
+    """`30d` in seconds, as `bytes_of`."""
+    return _with_unit(name, time, {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}, "30d")
+
+
+def _with_unit(name: str, text: str, units: Mapping[str, int], example: str) -> float:
+    found = re.fullmatch(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[A-Za-z]+)", text)
+    factors = {unit.lower(): factor for unit, factor in units.items()}
+    if found is None or found["unit"].lower() not in factors:
+        raise ArgumentError(f"{name}={text!r} must be a number with a unit ({', '.join(units)}), as {example}.")
+    return float(found["number"]) * factors[found["unit"].lower()]
+
+
 def _flag(parse: Callable[[Sequence[str]], Mapping[str, Any]], metavar: str) -> Any:
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",

@@ -52,7 +52,7 @@ LOSS_INPUTS: Mapping[str, LossInput] = {
 
 
 def check_loss(name: str, datasets: Mapping[str, Dataset]) -> None:
-    """Raise unless there is such a loss and it can read the columns of every data set.
+    """Raise unless there is such a loss and it can read the columns of every data set, by what messages call it.
 
     Raises:
         ArgumentError: there is none of that name.
@@ -75,6 +75,41 @@ def check_loss(name: str, datasets: Mapping[str, Dataset]) -> None:
             )
 
 
+_MARKED = ("ContrastiveLoss", "OnlineContrastiveLoss", "ContrastiveTensionLoss")
+
+
+def check_labels(name: str, arguments: Mapping[str, Any], datasets: Mapping[str, Dataset]) -> None:
+    """Raise unless every label is one that the loss called `name` can reach or count.
+
+    Raises:
+        DataError: one is not; the message names its data set, as `datasets` calls it, row and column.
+    """
+    classes = arguments.get("num_labels")
+    if name == "CosineSimilarityLoss":
+        expected = "a number from -1 to 1. A cosine has no other value; divide scores of 0 to 5 by 5."
+    elif name in _MARKED:
+        expected = "0 or 1, far or near. CoSENTLoss takes any score."
+    elif name == "SoftmaxLoss" and isinstance(classes, int):
+        expected = f"the number of a class, a whole one from 0 and below num_labels={classes}."
+    else:
+        return
+    for dataset_name, dataset in datasets.items():
+        column = next(column for column in dataset.column_names if column in LABEL_ROLES)
+        for row, value in enumerate(dataset[column], 1):
+            if not _is_reachable(name, value, classes):
+                raise DataError(
+                    f"{dataset_name}, row {row}, column {column!r} is {value!r}, but {name} needs {expected}"
+                )
+
+
+def _is_reachable(name: str, value: Any, classes: Any) -> bool:
+    if name == "CosineSimilarityLoss":
+        return isinstance(value, int | float) and -1 <= value <= 1
+    if name in _MARKED:
+        return value in (0, 1)
+    return isinstance(value, int) and 0 <= value < classes
+
+
 def _describe(wanted: LossInput) -> str:
     if wanted.most is None:
         count = f"at least {wanted.least} columns of text"
@@ -94,7 +129,9 @@ def make_loss(
         ArgumentError: an argument does not exist, is missing or has a value that the loss refuses.
     """
     loss_class = getattr(losses, name)
-    parameters = {key: value for key, value in inspect.signature(loss_class).parameters.items() if key != "model"}
+    # Of a class that is marked as deprecated, the class itself shows only (*args, **kwargs).
+    parameters = dict(inspect.signature(loss_class.__init__).parameters)
+    del parameters["self"], parameters["model"]
     settings = {key: _setting(name, parameters, key, value) for key, value in arguments.items()}
     dimension = model.get_embedding_dimension()
     if "embedding_dimension" in parameters:

@@ -14,8 +14,19 @@ from typing import Any, TextIO, TypeVar
 import tyro
 
 from embtune import __version__
-from embtune.cli.config import DemoConfig, EvaluateConfig, EverydayTrainConfig, ExportConfig, TrainConfig, TrainDetails
+from embtune.cli.config import (
+    CacheConfig,
+    DemoConfig,
+    EvaluateConfig,
+    EverydayTrainConfig,
+    ExportConfig,
+    ReportConfig,
+    TrainConfig,
+    TrainDetails,
+    WatchConfig,
+)
 from embtune.cli.config_file import read_defaults
+from embtune.cli.data_config import CheckConfig, InitConfig, MineConfig
 from embtune.errors import ArgumentError, EmbtuneError, EmbtuneWarning
 
 Config = TypeVar("Config")
@@ -25,12 +36,44 @@ VERBOSE_VARIABLE = "EMBTUNE_VERBOSE"
 
 _VERBS = {
     "demo": "teach a small model to find code by what it does, and watch it get better",
+    "init": "write a commented config for `train` from your data",
+    "check": "look for what is wrong with your data, and write it cleaned",
+    "mine": "find hard negatives for your pairs",
     "train": "fine-tune a model on your pairs, and show what it gained",
     "evaluate": "measure one or more models on the same data",
     "export": "save a model for sentence-transformers, llama.cpp or TorchAO",
+    "report": "write the page that shows what a run did, or compares several",
+    "watch": "show that page while a run goes on",
+    "cache": "show, cut back or clear the token ids that are kept between runs",
 }
 
-_CONFIGS: dict[str, Any] = {"demo": DemoConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
+_SMALLER = "Take a smaller --batch-size or a shorter --max-seq-length"
+_LESS_MEMORY = {
+    "demo": "Take a smaller --batch-size.",
+    "init": "Close other programs, or name a part of the data.",
+    "check": "Close other programs, or check the data in parts.",
+    "mine": f"{_SMALLER}, or --dtype bfloat16.",
+    "train": f"{_SMALLER}; or --gradient-checkpointing, or --load-in-4bit; and where a batch must stay large for its "
+    "negatives, --loss CachedMultipleNegativesRankingLoss --loss-args mini_batch_size=16.",
+    "evaluate": f"{_SMALLER}, or --dtype bfloat16.",
+    "export": "Close other programs, or export on a machine with more memory.",
+    "report": "Close other programs, or name fewer runs.",
+    "watch": "Close other programs.",
+    "cache": "Close other programs.",
+}
+"""What helps each verb to do with less memory."""
+
+_CONFIGS: dict[str, Any] = {
+    "demo": DemoConfig,
+    "init": InitConfig,
+    "check": CheckConfig,
+    "mine": MineConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "watch": WatchConfig,
+    "cache": CacheConfig,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +93,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:  # of PyTorch; it has no class of its own for a CPU without memory
+        if verbose or not _is_out_of_memory(error):
+            raise
+        print(f"error: {_about_memory(error, arguments[0])}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nStopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: PyTorch is imported with the verb, and may not be yet.
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator: " in str(error)
+
+
+def _about_memory(error: BaseException, verb: str) -> str:
+    what = " ".join(str(error).partition("DefaultCPUAllocator: ")[2].split()) or " ".join(str(error).split())
+    what = what.partition(" If reserved but unallocated")[0]  # PyTorch goes on with settings of its allocator
+    return f"Out of memory{f' ({what})' if what else ''}. {_LESS_MEMORY[verb]}"
 
 
 def _run(verb: str, arguments: list[str], verbose: bool) -> int:
@@ -110,6 +170,8 @@ def _train_config(arguments: list[str]) -> TrainConfig:
         _parse(TrainDetails, "train", ["--help"])
     if "--help" in arguments or "-h" in arguments:
         _parse(EverydayTrainConfig, "train", ["--help"])
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = ["--config", *arguments]
     parser = argparse.ArgumentParser(prog="embtune train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file = parser.parse_known_args(arguments)[0].config

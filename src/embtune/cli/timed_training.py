@@ -13,6 +13,9 @@ from transformers import PrinterCallback
 from embtune.cli.display import TrainingProgress
 from embtune.cli.pacing import TimeBudget
 from embtune.losses import MultipleNegativesRankingLoss  # type: ignore[attr-defined]
+from embtune.report.callback import EventCallback, StepTimer
+from embtune.report.events import EventLog
+from embtune.report.lengths import measure_lengths
 from embtune.train.arguments import SentenceTransformerTrainingArguments
 from embtune.train.trainer import SentenceTransformerTrainer
 
@@ -45,6 +48,7 @@ def train_within(
     learning_rate: float,
     seed: int,
     console: Console,
+    log: EventLog,
 ) -> TrainingFacts:
     """Train `model` on (anchor, positive) rows with in-batch negatives.
 
@@ -52,12 +56,19 @@ def train_within(
         seconds: time for it; as many steps as fit are taken, at most three epochs.
         steps: exact number of steps, which makes `seconds` irrelevant.
         batch_size: pairs in a batch; all rows where there are fewer.
+        log: gets the run's events.
     """
     batch_size = min(batch_size, len(rows))
     budget = TimeBudget(seconds, MAX_EPOCHS * -(-len(rows) // batch_size)) if steps is None else TimeBudget(None, steps)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=learning_rate)
-    tokens_per_step = batch_size * _tokens_per_pair(model, rows[:256])
+    data = Dataset.from_dict({"anchor": [a for a, _ in rows], "positive": [p for _, p in rows]})
+    lengths = measure_lengths(model, {"pairs": data}, batch_size)
+    assert lengths is not None, "a model with LoRA reads tokens"
+    log.write("lengths", **lengths)
+    tokens_per_step = batch_size * lengths["tokens_per_row"]
     progress = TrainingProgress(console, budget, tokens_per_step)
+    loss = MultipleNegativesRankingLoss(model)
+    events = EventCallback(log, tokens_per_step, total=lambda: budget.total)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
@@ -76,9 +87,9 @@ def train_within(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_dict({"anchor": [a for a, _ in rows], "positive": [p for _, p in rows]}),
-            loss=MultipleNegativesRankingLoss(model),
-            callbacks=[budget, progress],
+            train_dataset=data,
+            loss=loss,
+            callbacks=[budget, progress, events, StepTimer(log, [loss])],
             optimizers=(optimizer, budget.scheduler(optimizer)),
         )
         trainer.remove_callback(PrinterCallback)
@@ -91,9 +102,3 @@ def train_within(
         first_loss=progress.losses[0],
         last_loss=progress.losses[-1],
     )
-
-
-def _tokens_per_pair(model: SentenceTransformer, rows: list[tuple[str, str]]) -> float:
-    """Mean number of tokens that the model reads for a pair."""
-    columns = [model.preprocess(list(texts))["attention_mask"] for texts in zip(*rows, strict=True)]
-    return sum(int(mask.sum()) for mask in columns) / len(rows)

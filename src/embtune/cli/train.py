@@ -14,23 +14,30 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from embtune.api import FastSentenceTransformer
 from embtune.cli.config import ExportChoice, TrainConfig
 from embtune.cli.display import duration, make_console, print_commands, working
-from embtune.cli.evaluate import EvaluationTask
-from embtune.cli.export import check_export, save_export, usage
+from embtune.cli.export import check_export, save_export_for_report, usage
 from embtune.cli.fitting import fit
-from embtune.cli.loss_choice import check_loss, make_loss
+from embtune.cli.loss_choice import check_labels, check_loss, make_loss
 from embtune.cli.run_folder import RunFolder
+from embtune.cli.tasks import EvaluationTask
 from embtune.data.checks import check_training_data
 from embtune.data.readers import read_dataset
 from embtune.errors import ArgumentError
 from embtune.evaluate.compare import Comparison, compare
-from embtune.export.card import DataFacts, MetricChange, describe_training
+from embtune.export.card import DataFacts, describe_training, metric_changes
 from embtune.models.modules import transformer_modules
+from embtune.report.events import EventLog
+from embtune.report.evidence import Evidence
+from embtune.report.page import write_report
 from embtune.runtime import describe_machine
+from embtune.train.prompts import remember_prompts
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
-# What the model card does not list among the settings: files and folders of one machine.
-_NOT_ON_CARD = ("model", "data", "columns", "eval_data", "eval_columns", "output", "config", "resume", "exports")
+# What the model card does not list among the settings: files and folders of one machine, and what changes no weight.
+_NOT_ON_CARD = (
+    *("model", "data", "columns", "eval_data", "eval_columns", "output", "config", "resume", "exports"),
+    "token_cache",
+)
 
 
 def run_train(config: TrainConfig, console: Console | None = None) -> int:
@@ -47,8 +54,12 @@ def run_train(config: TrainConfig, console: Console | None = None) -> int:
     try:
         data = _read_training_data(config, console)
         task = _read_evaluation(config, data, console)
-        with run.without_remains():
-            _train(config, run, data, task, console)
+        log = EventLog(run.path, resume=config.resume)
+        with run.without_remains(), log.run("train", _plain(config.flat()), describe_machine()):
+            exports = _train(config, run, data, task, log, console)
+        with working(console, "Writing the report"):
+            page = write_report([run.path])
+        _show_next(config, run, exports, page, console)
     except KeyboardInterrupt:
         resume = "The same command with --resume goes on from the last checkpoint."
         left = resume if run.resumable else f"Nothing was left in {config.output}."
@@ -73,7 +84,9 @@ def _read_training_data(config: TrainConfig, console: Console) -> dict[str, Data
         with working(console, f"Reading {source}"):
             data[name] = read_dataset(source, columns=config.columns or None)
         console.print(f"{len(data[name]):,} rows with {', '.join(data[name].column_names)}.")
-    check_loss(config.loss, data)
+    by_source = {source: data[name] for name, source in config.data.items()}
+    check_loss(config.loss, by_source)
+    check_labels(config.loss, config.more.loss_args, by_source)
     columns = {column for dataset in data.values() for column in dataset.column_names}
     for column in config.more.prompts:
         if column not in columns:
@@ -89,17 +102,22 @@ def _read_evaluation(config: TrainConfig, data: Mapping[str, Dataset], console: 
         with working(console, f"Reading {config.eval_data}"):
             task = EvaluationTask.read(config.eval_data, config.more.eval_columns or inherited, config.more.eval_split)
         console.print(f"Measured on {task}.")
-    # Of several data sets one may be smaller than a batch; a single one would not fill even the first.
-    batch_size = config.batch_size if len(data) == 1 else None
-    for dataset in data.values():
-        check_training_data(dataset, task.data if task else None, batch_size)
+        task.check_comparable()
+    rows = data if len(data) > 1 else next(iter(data.values()))
+    check_training_data(rows, task.data if task else None, config.batch_size)
     return task
 
 
 def _train(
-    config: TrainConfig, run: RunFolder, data: dict[str, Dataset], task: EvaluationTask | None, console: Console
-) -> None:
-    with working(console, f"Loading {config.model}"):
+    config: TrainConfig,
+    run: RunFolder,
+    data: dict[str, Dataset],
+    task: EvaluationTask | None,
+    log: EventLog,
+    console: Console,
+) -> Mapping[str, str]:
+    """Returns where each export is."""
+    with working(console, f"Loading {config.model}", log):
         model = _load_model(config)
     exports = [ExportChoice.parse(text) for text in config.exports]
     for choice in exports:
@@ -109,24 +127,44 @@ def _train(
     settings = {"config": _plain(config.flat()), "machine": describe_machine(model.device)}
     if config.resume and (changed := run.changed_options(settings["config"])):
         console.print(f"Not as when this run began: {', '.join(changed)}.", style="yellow")
-    before = None
+    before, evidence = None, None
     if task is not None:
-        with working(console, "Measuring the model as it is"):
+        _ready_prompts(config, model, task, console)
+        with working(console, "Measuring the model as it is", log):
             before = task.run(model)
-    facts = fit(config, run, model, loss, data, task, console, on_begin=lambda: run.write_settings(settings))
+            evidence = Evidence(task.name, task.data)
+            evidence.see_before(model, before)
+    log.phase("Preparing the data")
+    facts = fit(config, run, model, loss, data, task, console, log, on_begin=lambda: run.write_settings(settings))
     console.print(f"Trained {facts['steps']:,} steps in {duration(facts['seconds'])}.")
     comparison = None
     results: dict[str, Any] = {"training": facts, "exports": {}}
-    if task is not None and before is not None:
-        with working(console, "Measuring the trained model"):
-            comparison = compare(before, task.run(model))
+    if task is not None and before is not None and evidence is not None:
+        with working(console, "Measuring the trained model", log):
+            after = task.run(model)
+            comparison = compare(before, after)
+            log.write("comparison", **evidence.compared(model, after, comparison))
         console.print()
         console.print(comparison.render())
         results["evaluation"] = {"data": task.name, **comparison.to_dict()}
     _describe(config, model, data, task, comparison)
     run.write_results(results)
-    _save(exports, model, run, results, console)
-    _show_next(config, run, results["exports"], console)
+    _save(exports, model, run, results, log, console)
+    saved: Mapping[str, str] = results["exports"]
+    return saved
+
+
+def _ready_prompts(config: TrainConfig, model: SentenceTransformer, task: EvaluationTask, console: Console) -> None:
+    """Give the model its prompts before it is first measured, so that before and after differ by the training alone."""
+    if not config.more.prompts:
+        return
+    remember_prompts(model, config.more.prompts)
+    used = {name: model.prompts[name] for name in ("query", "document") if model.prompts.get(name)}
+    if task.kind != "retrieval" or not used:
+        console.print(f"Measured without prompts, before and after: {task.kind} has no queries and documents.")
+        return
+    shown = ", ".join(f"{name} {prompt!r}" for name, prompt in used.items())
+    console.print(f"Measured with these prompts, before and after: {shown}.")
 
 
 def _save(
@@ -134,13 +172,14 @@ def _save(
     model: SentenceTransformer,
     run: RunFolder,
     results: dict[str, Any],
+    log: EventLog,
     console: Console,
 ) -> None:
     """Save every export and note it in results.json as soon as it is there."""
     for choice in exports:
         folder = run.path / choice.folder_name
-        with working(console, f"Saving as {choice} in {folder}"):
-            results["exports"][str(choice)] = str(save_export(model, choice, folder))
+        with working(console, f"Saving as {choice} in {folder}", log):
+            results["exports"][str(choice)] = str(save_export_for_report(model, choice, folder, log))
         run.write_results(results)
 
 
@@ -187,14 +226,7 @@ def _describe(
 ) -> None:
     """Fill the model card that every save writes."""
     settings = {name: value for name, value in config.flat().items() if name not in _NOT_ON_CARD}
-    metrics = None
-    if task is not None and comparison is not None:
-        metrics = {
-            task.name: {
-                metric: MetricChange(change.before, change.after, change.low, change.high)
-                for metric, change in comparison.metrics.items()
-            }
-        }
+    metrics = {task.name: metric_changes(comparison)} if task is not None and comparison is not None else None
     describe_training(
         model,
         settings={name: value for name, value in settings.items() if value not in (None, (), {})},
@@ -221,8 +253,9 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in options.items()}
 
 
-def _show_next(config: TrainConfig, run: RunFolder, exports: Mapping[str, str], console: Console) -> None:
-    console.print(f"\nDone. All numbers are in {run.path / 'results.json'}.", style="bold green", soft_wrap=True)
+def _show_next(config: TrainConfig, run: RunFolder, exports: Mapping[str, str], page: Path, console: Console) -> None:
+    done = f"\nDone. What happened is on the page {page}; all numbers are in {run.path / 'results.json'}."
+    console.print(done, style="bold green", soft_wrap=True)
     commands = [usage(ExportChoice.parse(name), Path(saved)) for name, saved in exports.items()]
     merged = next((saved for name, saved in exports.items() if name.startswith("merged")), None)
     if config.eval_data is None:

@@ -1,16 +1,18 @@
 """What can be wrong with rows that are each in order: duplicates, leaks, too few for a batch."""
 
-import hashlib
-import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any, TypeAlias
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from sentence_transformers.sentence_transformer.losses import (
     AdaptiveLayerLoss,
+    BatchAllTripletLoss,
+    BatchHardTripletLoss,
+    BatchSemiHardTripletLoss,
     CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
+    ContrastiveTensionLossInBatchNegatives,
     GISTEmbedLoss,
     MatryoshkaLoss,
     MegaBatchMarginLoss,
@@ -20,16 +22,27 @@ from torch import nn
 
 from embtune.data.columns import LABEL_ROLES, ColumnRoles, canonical
 from embtune.data.retrieval import RetrievalData
+from embtune.data.same_text import digest, normal, shortened
 from embtune.data.tables import check_cells
 from embtune.errors import DataError, EmbtuneWarning
 
 _EXAMPLES = 3
 _CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
-_IN_BATCH = (MultipleNegativesRankingLoss, GISTEmbedLoss, MegaBatchMarginLoss, *_CACHED)
+_PAIRS_IN_BATCH = (
+    MultipleNegativesRankingLoss,
+    GISTEmbedLoss,
+    MegaBatchMarginLoss,
+    ContrastiveTensionLossInBatchNegatives,
+)
+# They make triplets of a batch's classes; BatchHardSoftMarginTripletLoss is a BatchHardTripletLoss.
+_CLASSES_IN_BATCH = (BatchAllTripletLoss, BatchHardTripletLoss, BatchSemiHardTripletLoss)
+
+Rows: TypeAlias = Dataset | Mapping[str, Dataset | IterableDataset]
+"""One data set, or several by name."""
 
 
 def check_training_data(
-    train: Dataset, evaluation: Dataset | RetrievalData | None = None, batch_size: int | None = None
+    train: Rows, evaluation: Rows | RetrievalData | None = None, batch_size: int | None = None
 ) -> list[str]:
     """Warn about duplicate rows, pairs that teach nothing, and evaluation texts that training has seen.
 
@@ -37,8 +50,9 @@ def check_training_data(
     are looked for: that its documents occur in training is common and fair.
 
     Args:
-        train, evaluation: rows, their columns recognisable by name.
-        batch_size: rows of one step over all devices.
+        train, evaluation: rows, their columns recognisable by name; several data sets are checked each, except
+            streams, which can be read once.
+        batch_size: rows of one step over all devices; of several data sets one at least must fill it.
 
     Returns:
         The warnings' texts, each with row numbers counted from 1.
@@ -46,16 +60,12 @@ def check_training_data(
     Raises:
         DataError: there are fewer rows than one batch holds, or a cell of a text column is no text.
     """
-    if batch_size is not None and len(train) < batch_size:
-        raise DataError(
-            f"The training data has {len(train)} rows, but a batch holds {batch_size}. "
-            f"Add rows or set the batch size to at most {len(train)}."
-        )
-    train = _prepared(train, "the training data")
-    findings = [_duplicates(train), _identical(train, "anchor", "positive")]
-    findings += [_identical(train, "positive", role) for role in _text_roles(train) if role.startswith("negative")]
+    if batch_size is not None:
+        _check_size(train, batch_size)
+    parts = {of: _prepared(part, f"the training data{of}") for of, part in _by_suffix(train).items()}
+    findings = [finding for of, part in parts.items() for finding in _within(part, f"training rows{of}")]
     if evaluation is not None:
-        findings += _overlaps(train, evaluation)
+        findings += _leaks(parts.values(), evaluation)
     found = [finding for finding in findings if finding]
     for finding in found:
         warnings.warn(finding, EmbtuneWarning, stacklevel=2)
@@ -68,14 +78,9 @@ def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | 
         return
     for each in loss.values() if isinstance(loss, Mapping) else [loss]:
         innermost = _unwrap(each)
-        if not isinstance(innermost, _IN_BATCH):
+        remedy = _remedy(innermost)
+        if remedy is None:
             continue
-        remedy = (
-            "Raise per_device_train_batch_size instead: mini_batch_size already bounds the memory."
-            if isinstance(innermost, _CACHED)
-            else "For a larger batch in the same memory use CachedMultipleNegativesRankingLoss with a large "
-            "per_device_train_batch_size and a small mini_batch_size."
-        )
         warnings.warn(
             f"gradient_accumulation_steps={gradient_accumulation_steps} does not enlarge the batch from which "
             f"{type(innermost).__name__} takes its negatives: each part is contrasted within itself only. {remedy}",
@@ -84,10 +89,53 @@ def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | 
         )
 
 
+def _remedy(loss: nn.Module) -> str | None:
+    """How to get a larger batch, for losses that take negatives from it; None for all others."""
+    if isinstance(loss, _CACHED):
+        return "Raise per_device_train_batch_size instead: mini_batch_size already bounds the memory."
+    if isinstance(loss, _PAIRS_IN_BATCH):
+        return (
+            "For a larger batch in the same memory use CachedMultipleNegativesRankingLoss with a large "
+            "per_device_train_batch_size and a small mini_batch_size."
+        )
+    if isinstance(loss, _CLASSES_IN_BATCH):
+        return "Raise per_device_train_batch_size instead; gradient checkpointing makes room for it."
+    return None
+
+
 def _unwrap(loss: nn.Module) -> nn.Module:
     while isinstance(loss, MatryoshkaLoss | AdaptiveLayerLoss):
         loss = loss.loss
     return loss
+
+
+def _check_size(train: Rows, batch_size: int) -> None:
+    parts = list(train.values()) if isinstance(train, Mapping) else [train]
+    if not all(isinstance(part, Dataset) for part in parts):
+        return
+    rows = max(map(len, parts))
+    if rows < batch_size:
+        what = "The training data has" if len(parts) == 1 else "The longest of the training data sets has"
+        raise DataError(
+            f"{what} {rows} rows, but a batch holds {batch_size}. Add rows or set the batch size to at most {rows}."
+        )
+
+
+def _by_suffix(rows: Rows) -> dict[str, Dataset]:
+    """Each data set by what messages put behind "the training data": nothing for one, its name among several."""
+    if not isinstance(rows, Mapping):
+        return {"": rows}
+    return {f" {name!r}": part for name, part in rows.items() if isinstance(part, Dataset)}
+
+
+def _within(rows: Dataset, what: str) -> list[str | None]:
+    """The findings of one training set that need no other; `what` names its rows."""
+    negatives = [role for role in _text_roles(rows) if role.startswith("negative")]
+    return [
+        _duplicates(rows, what),
+        _identical(rows, "anchor", "positive", what),
+        *(_identical(rows, "positive", role, what) for role in negatives),
+    ]
 
 
 def _prepared(dataset: Dataset, source: str) -> Dataset:
@@ -97,12 +145,12 @@ def _prepared(dataset: Dataset, source: str) -> Dataset:
     return dataset
 
 
-def _duplicates(train: Dataset) -> str | None:
+def _duplicates(train: Dataset, what: str) -> str | None:
     first: dict[bytes, int] = {}
     repeats: list[tuple[int, int]] = []
     count = 0
     for number, row in enumerate(_rows(train, train.column_names), 1):
-        earlier = first.setdefault(_digest(repr(row)), number)
+        earlier = first.setdefault(digest(repr(row)), number)
         if earlier != number:
             count += 1
             if count <= _EXAMPLES:
@@ -111,38 +159,45 @@ def _duplicates(train: Dataset) -> str | None:
         return None
     examples = ", ".join(f"row {number} is row {earlier}" for number, earlier in repeats)
     why = " In a batch a repeated pair is its own negative." if "anchor" in train.column_names else ""
-    return f"{count} of {len(train)} training rows repeat an earlier row ({examples}). Remove them.{why}"
+    return f"{count} of {len(train)} {what} repeat an earlier row ({examples}). Remove them.{why}"
 
 
-def _identical(train: Dataset, one: str, other: str) -> str | None:
+def _identical(train: Dataset, one: str, other: str, what: str) -> str | None:
     if not {one, other} <= set(train.column_names):
         return None
     pairs = enumerate(_rows(train, [one, other]), 1)
-    rows = [number for number, (left, right) in pairs if _normal(left) == _normal(right)]
+    rows = [number for number, (left, right) in pairs if normal(left) == normal(right)]
     if not rows:
         return None
     return (
-        f"In {len(rows)} of {len(train)} training rows {one} and {other} are the same text "
+        f"In {len(rows)} of {len(train)} {what} {one} and {other} are the same text "
         f"({_numbers(rows)}). Such a row teaches nothing useful; remove it."
     )
 
 
-def _overlaps(train: Dataset, evaluation: Dataset | RetrievalData) -> list[str]:
-    seen = {_digest(_normal(text)) for role in _text_roles(train) for text in _texts(train, role)}
+def _leaks(train: Iterable[Dataset], evaluation: Rows | RetrievalData) -> list[str]:
+    """The findings of evaluation data beside what is trained on."""
+    seen = {digest(normal(text)) for part in train for role in _text_roles(part) for text in _texts(part, role)}
     if isinstance(evaluation, RetrievalData):
-        columns: dict[str, Iterable[str]] = {"query": evaluation.queries.values()}
-        total = len(evaluation.queries)
-    else:
-        evaluation = _prepared(evaluation, "the evaluation data")
-        columns = {role: _texts(evaluation, role) for role in _text_roles(evaluation)}
-        total = len(evaluation)
+        queries = evaluation.queries.values()
+        return _overlaps(seen, {"query": queries}, len(queries), "evaluation rows")
+    found = []
+    for of, part in _by_suffix(evaluation).items():
+        part = _prepared(part, f"the evaluation data{of}")
+        columns = {role: _texts(part, role) for role in _text_roles(part)}
+        found += _overlaps(seen, columns, len(part), f"evaluation rows{of}")
+    return found
+
+
+def _overlaps(seen: Set[bytes], columns: Mapping[str, Iterable[str]], total: int, what: str) -> list[str]:
+    """The columns of evaluation data that hold texts of `seen`, digests of all training texts."""
     found = {
-        role: [(number, text) for number, text in enumerate(texts, 1) if _digest(_normal(text)) in seen]
+        role: [(number, text) for number, text in enumerate(texts, 1) if digest(normal(text)) in seen]
         for role, texts in columns.items()
     }
     return [
-        f"{len(hits)} of {total} evaluation rows have as {role} a text that training has seen "
-        f"({_numbers([number for number, _ in hits])}, such as {_shortened(hits[0][1])!r}). The result will flatter "
+        f"{len(hits)} of {total} {what} have as {role} a text that training has seen "
+        f"({_numbers([number for number, _ in hits])}, such as {shortened(hits[0][1])!r}). The result will flatter "
         "the model; take these texts out of the training data."
         for role, hits in found.items()
         if hits
@@ -162,18 +217,6 @@ def _texts(dataset: Dataset, column: str) -> Iterator[str]:
     return (text for (text,) in _rows(dataset, [column]))
 
 
-def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
 def _numbers(rows: list[int]) -> str:
     more = ", …" if len(rows) > _EXAMPLES else ""
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:_EXAMPLES]))}{more}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:59] + "…"

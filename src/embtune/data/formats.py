@@ -2,7 +2,8 @@
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from embtune.data.tables import check_cells, to_dataset
 from embtune.data.values import parse_number
 from embtune.errors import DataError
 
+_ROWS = 1_000  # of a Parquet file, held at a time
+
 
 def read_jsonl(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
     """Read one JSON object per line."""
@@ -30,12 +33,12 @@ def read_json(path: Path, mapping: Mapping[str, str] | None = None, limit: int |
 
 def read_csv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
     """Read comma-separated values with a header, quoted as spreadsheets do."""
-    return collect(path, islice(_delimited(path, ",", mapping), limit), mapping, parse_number)
+    return _read_delimited(path, ",", mapping, limit)
 
 
 def read_tsv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
     """Read tab-separated values with a header, quoted as spreadsheets do."""
-    return collect(path, islice(_delimited(path, "\t", mapping), limit), mapping, parse_number)
+    return _read_delimited(path, "\t", mapping, limit)
 
 
 def read_parquet(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
@@ -47,7 +50,7 @@ def read_parquet(path: Path, mapping: Mapping[str, str] | None = None, limit: in
             table = parquet.read(columns=list(roles.columns))
             table.validate(full=True)
     except pa.ArrowException as error:
-        raise DataError(f"{path} is no whole Parquet file: {error}. Write it again, or give JSONL or CSV.") from error
+        raise _no_parquet(path, error) from error
     dataset = to_dataset(_plain(table.slice(0, limit)))
     check_cells(dataset, roles, lambda index: f"{path}, row {index + 1}")
     return canonical(dataset, dict(roles), source=str(path))
@@ -62,13 +65,38 @@ def _plain(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _delimited(path: Path, delimiter: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (first line, row) behind the header; blank lines are skipped."""
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number, row), counted from 1."""
+    try:
+        with reading(path), path.open("rb") as file:
+            batches = pq.ParquetFile(file).iter_batches(batch_size=_ROWS)
+            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+    except pa.ArrowException as error:
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: pa.ArrowException) -> DataError:
+    reason = str(error).rstrip(".")
+    return DataError(f"{path} is no whole Parquet file: {reason}. Write it again, or give JSONL or CSV.")
+
+
+def _read_delimited(path: Path, delimiter: str, mapping: Mapping[str, str] | None, limit: int | None) -> Dataset:
+    rows = _delimited_rows(path, delimiter, partial(_check_roles, delimiter, mapping))
+    return collect(path, islice(rows, limit), mapping, parse_number)
+
+
+def _delimited_rows(
+    path: Path, delimiter: str, check: Callable[[str, list[str]], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (first line, row) behind the header, which `check` may refuse; blank lines are skipped."""
     records = _records(path, delimiter)
     line, header = next(records, (1, []))
     if not header:
         return
-    _check_header(f"{path}, line {line}", header, delimiter, mapping)
+    where = f"{path}, line {line}"
+    _check_header(where, header, delimiter)
+    if check is not None:
+        check(where, header)
     for line, cells in records:
         if len(cells) != len(header):
             raise DataError(
@@ -93,7 +121,7 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _check_header(where: str, header: list[str], delimiter: str, mapping: Mapping[str, str] | None) -> None:
+def _check_header(where: str, header: list[str], delimiter: str) -> None:
     for number, name in enumerate(header, 1):
         if not name.strip():
             raise DataError(f"{where}: column {number} of the header has no name. Name every column.")
@@ -107,6 +135,9 @@ def _check_header(where: str, header: list[str], delimiter: str, mapping: Mappin
                 f"{where}: the header {header[0]!r} seems to be separated by {word}. Separate a .csv by commas "
                 "and a .tsv by tabs."
             )
+
+
+def _check_roles(delimiter: str, mapping: Mapping[str, str] | None, where: str, header: list[str]) -> None:
     if mapping is None and not any(map(role_of, header)):
         raise DataError(
             f"{where}: no column name is known in {header!r}. If this is a row and the header is missing, put one such "
@@ -125,3 +156,13 @@ READERS: Mapping[str, Callable[[Path, Mapping[str, str] | None, int | None], Dat
     ".parquet": read_parquet,
 }
 """File ending, in lower case, to the function that reads it."""
+
+RAW_ROWS: Mapping[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": json_objects,
+    ".ndjson": json_objects,
+    ".json": json_list,
+    ".csv": partial(_delimited_rows, delimiter=","),
+    ".tsv": partial(_delimited_rows, delimiter="\t"),
+    ".parquet": _parquet_rows,
+}
+"""The same endings, to the function that yields (number, row) of a file as it is: cells and names unchecked."""

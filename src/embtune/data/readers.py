@@ -2,17 +2,20 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
 from embtune.data.columns import ColumnRoles, canonical
-from embtune.data.formats import READERS
+from embtune.data.formats import RAW_ROWS, READERS
 from embtune.data.lines import reading
 from embtune.data.tables import check_cells
+from embtune.data.values import parse_number
 from embtune.errors import ArgumentError, DataError
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
@@ -60,20 +63,67 @@ def read_dataset(
             "Lists become a Dataset by Dataset.from_list, data frames by Dataset.from_pandas; an IterableDataset goes "
             "to the trainer as it is."
         )
+    place = _locate(source)
+    if isinstance(place, Path):
+        _refuse_split(split, "a file")
+        return READERS[place.suffix.lower()](place, columns, limit)
+    where, dataset = _load_hub(place, split, token)
+    return _checked(dataset, columns, limit, where)
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """The rows of a file or a Hub data set as they are there: cells unchecked, columns under their own names."""
+
+    source: Path
+    """How messages name them."""
+    unit: str
+    """What numbers count, from 1: `line` or `row`."""
+    rows: Iterable[tuple[int, dict[str, Any]]]
+    """Number and row; iterated once."""
+    parse_label: Callable[[Any], Any] | None = None
+    """Makes a number of a label's cell, where all cells are texts."""
+
+
+def read_raw(source: str | Path, *, split: str = "train") -> RawRows:
+    """Open rows for looking at them, before it is known whether they are in order.
+
+    Args:
+        source, split: as for `read_dataset`.
+
+    Raises:
+        ArgumentError, DataError: as `read_dataset`, for what is wrong with the file itself; a broken line is found
+            while iterating.
+    """
+    place = _locate(source)
+    if not isinstance(place, Path):
+        _, dataset = _load_hub(place, split, None)
+        return RawRows(Path(place[0]), "row", enumerate(dataset.with_format(None), 1))
+    _refuse_split(split, "a file")
+    ending = place.suffix.lower()
+    parse_label = parse_number if ending in (".csv", ".tsv") else None
+    return RawRows(place, "row" if ending == ".parquet" else "line", RAW_ROWS[ending](place), parse_label)
+
+
+def _locate(source: str | Path) -> Path | re.Match[str]:
+    """The file that `source` names, of a known ending, or name and configuration of a Hub data set."""
     path = Path(source).expanduser()
     with reading(path):
         found, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
-    if found:
-        _refuse_split(split, "a file")
-        if is_folder:
-            raise DataError(_about_folder(path))
-        if not is_file:
-            raise DataError(f"{path} is no regular file. Save the rows in one that ends in {_ENDINGS}.")
-        return _read_file(path, columns, limit)
-    hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
-    if hub is None or path.suffix.lower() in READERS:
-        raise DataError(_about_missing(path))
-    return _read_hub(hub["name"], hub["config"], split, columns, limit, token)
+    if not found:
+        hub = _HUB_NAME.fullmatch(source) if isinstance(source, str) else None
+        if hub is None or path.suffix.lower() in READERS:
+            raise DataError(_about_missing(path))
+        return hub
+    if is_folder:
+        raise DataError(_about_folder(path))
+    if not is_file:
+        raise DataError(f"{path} is no regular file. Save the rows in one that ends in {_ENDINGS}.")
+    if path.suffix.lower() not in READERS:
+        raise DataError(
+            f"{path}: the ending {path.suffix!r} does not tell the format. Give a file that ends in {_ENDINGS}."
+        )
+    return path
 
 
 def _refuse_split(split: str, what: str) -> None:
@@ -81,23 +131,9 @@ def _refuse_split(split: str, what: str) -> None:
         raise ArgumentError(f"split={split!r}: {what} has no splits; leave the argument out.")
 
 
-def _read_file(path: Path, columns: Mapping[str, str] | None, limit: int | None) -> Dataset:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: the ending {path.suffix!r} does not tell the format. Give a file that ends in {_ENDINGS}."
-        )
-    return reader(path, columns, limit)
-
-
-def _read_hub(
-    name: str,
-    config: str | None,
-    split: str,
-    columns: Mapping[str, str] | None,
-    limit: int | None,
-    token: str | bool | None,
-) -> Dataset:
+def _load_hub(hub: re.Match[str], split: str, token: str | bool | None) -> tuple[str, Dataset]:
+    """How messages name a Hub data set's split, and its rows."""
+    name, config = hub["name"], hub["config"]
     where = f"Hub data set {name}" + (f", configuration {config}" if config else "")
     try:
         dataset = datasets.load_dataset(name, config, split=split, token=token)
@@ -111,7 +147,7 @@ def _read_hub(
             f"{where}, split {split!r}: {error}. Check owner and name, the split (split=…), the configuration "
             "(owner/name:configuration), and the token if it is private."
         ) from error
-    return _checked(dataset, columns, limit, f"{where}, split {split!r}")
+    return f"{where}, split {split!r}", dataset
 
 
 def _checked(dataset: Dataset, columns: Mapping[str, str] | None, limit: int | None, where: str) -> Dataset:

@@ -9,9 +9,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from embtune.data.ranking import embed
 from embtune.errors import DataError
 from embtune.evaluate.bootstrap import Statistic, mean_statistic
-from embtune.evaluate.inputs import as_labels, as_texts, embed, fingerprint
+from embtune.evaluate.inputs import as_labels, as_texts, fingerprint
 from embtune.evaluate.result import EvaluationResult
 
 

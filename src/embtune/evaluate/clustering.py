@@ -11,9 +11,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import v_measure_score
 
+from embtune.data.ranking import embed
 from embtune.errors import ArgumentError, DataError
 from embtune.evaluate.bootstrap import Statistic
-from embtune.evaluate.inputs import as_labels, as_texts, embed, fingerprint
+from embtune.evaluate.inputs import as_labels, as_texts, fingerprint
 from embtune.evaluate.result import EvaluationResult
 
 

@@ -1,13 +1,12 @@
-"""What every evaluation does first: check texts and labels, encode, and remember which data it was."""
+"""What every evaluation does first: check texts and labels, and remember which data it was."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from embtune.errors import DataError, ModelError
+from embtune.errors import DataError
 
 
 def as_texts(name: str, texts: Iterable[str]) -> list[str]:
@@ -47,30 +46,6 @@ def check_same_length(name: str, values: Sequence[Any], other_name: str, others:
         raise DataError(
             f"{name} has {len(values)} rows and {other_name} has {len(others)}; they belong together row by row."
         )
-
-
-def embed(
-    encode: Callable[..., torch.Tensor], texts: Sequence[str], *, batch_size: int, show_progress: bool = False
-) -> torch.Tensor:
-    """Embeddings as float32 (texts, dimensions) on the model's device, by `model.encode` or one of its relatives.
-
-    Scores are computed in float32 because in a half-precision dtype many similarities round to the same number, and
-    ties would then decide the ranking.
-
-    Raises:
-        ModelError: the model returned NaN or infinity.
-    """
-    embeddings_BD = encode(
-        list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=show_progress
-    ).float()
-    finite_B = embeddings_BD.isfinite().all(dim=1)
-    if not finite_B.all():
-        text = texts[int(finite_B.int().argmin())]
-        raise ModelError(
-            f"The model returned NaN or infinity for {int((~finite_B).sum())} of {len(texts)} texts, first for "
-            f"{text[:80]!r}. Its weights may be damaged, or float16 overflows: load it with dtype=float32."
-        )
-    return embeddings_BD
 
 
 def fingerprint(*parts: Iterable[Any]) -> str:

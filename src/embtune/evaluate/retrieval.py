@@ -7,11 +7,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from embtune.data.ranking import rank_documents
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError, DataError
 from embtune.evaluate.bootstrap import Statistic, mean_statistic
 from embtune.evaluate.inputs import fingerprint
-from embtune.evaluate.ranking import rank_documents
 from embtune.evaluate.result import EvaluationResult
 
 KEPT = 10

@@ -8,9 +8,10 @@ import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr, zscore
 from sentence_transformers import SentenceTransformer
 
+from embtune.data.ranking import embed
 from embtune.errors import DataError, ModelError
 from embtune.evaluate.bootstrap import Statistic
-from embtune.evaluate.inputs import as_texts, check_same_length, embed, fingerprint
+from embtune.evaluate.inputs import as_texts, check_same_length, fingerprint
 from embtune.evaluate.result import EvaluationResult
 
 

@@ -37,7 +37,8 @@ def explain_model(model: SentenceTransformer, engine: Engine, notes: LoadNotes |
     rows: list[tuple[str, str, str]] = []
     if notes is not None:
         rows.append(("model", notes.name, ""))
-    rows.append(("engine", engine.name, engine.reason))
+    fallback = engine.fallback(model[0].model) if engine.name == "packed" else None
+    rows.append(("engine", "reference", fallback) if fallback else ("engine", engine.name, engine.reason))
     rows.append(("device", str(model.device), ""))
     for transformer in transformer_modules(model):
         rows += _describe_backbone(transformer.model, notes)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from embtune.evaluate.ranking import merge_best
+from embtune.data.ranking import merge_best
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 50, 200])

@@ -4,15 +4,18 @@ Shapes: Q queries, D documents of a block, N documents kept for each query.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from sentence_transformers import SentenceTransformer
 
-from embtune.evaluate.inputs import embed
+from embtune.errors import ModelError
 
 SCORES_PER_BLOCK = 2**24  # 64 MiB of float32
+
+OnScores: TypeAlias = Callable[[torch.Tensor, int, int], None]
 
 
 def rank_documents(
@@ -24,8 +27,13 @@ def rank_documents(
     batch_size: int,
     chunk: int,
     show_progress: bool,
+    on_scores: OnScores | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank `documents` for each query by the model's own similarity.
+
+    Args:
+        on_scores: called with each block's scores_QD, the position of its first query and that of its first document;
+            it may change the scores in place.
 
     Returns scores_QN and positions_QN in `documents`, both on the CPU, best first; N is `keep` or the number of
     documents if that is less. Equal scores rank in the order of `documents`, whatever `chunk` is.
@@ -45,6 +53,8 @@ def rank_documents(
         for first, documents_DE in blocks(model.encode_document, documents):
             for part in (slice(start, start + rows) for start in range(0, len(queries), rows)):
                 scores_QD = model.similarity(queries_QE[part], documents_DE)
+                if on_scores is not None:
+                    on_scores(scores_QD, part.start, first)
                 best[0][part], best[1][part] = merge_best(best[0][part], best[1][part], scores_QD, first)
     return best[0].cpu(), best[1].cpu()
 
@@ -79,3 +89,27 @@ def _stable_top(scores_QM: torch.Tensor, keep: int) -> torch.Tensor:
     columns_QN = columns_QN.sort(dim=1).values
     order_QN = scores_QM.gather(1, columns_QN).sort(dim=1, descending=True, stable=True).indices
     return columns_QN.gather(1, order_QN)
+
+
+def embed(
+    encode: Callable[..., torch.Tensor], texts: Sequence[str], *, batch_size: int, show_progress: bool = False
+) -> torch.Tensor:
+    """Embeddings as float32 (texts, dimensions) on the model's device, by `model.encode` or one of its relatives.
+
+    Scores are computed in float32 because in a half-precision dtype many similarities round to the same number, and
+    ties would then decide the ranking.
+
+    Raises:
+        ModelError: the model returned NaN or infinity.
+    """
+    embeddings_BD = encode(
+        list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=show_progress
+    ).float()
+    finite_B = embeddings_BD.isfinite().all(dim=1)
+    if not finite_B.all():
+        text = texts[int(finite_B.int().argmin())]
+        raise ModelError(
+            f"The model returned NaN or infinity for {int((~finite_B).sum())} of {len(texts)} texts, first for "
+            f"{text[:80]!r}. Its weights may be damaged, or float16 overflows: load it with dtype=float32."
+        )
+    return embeddings_BD

@@ -1,0 +1,60 @@
+"""`embtune mine`: hard negatives for a file of pairs, in a file that trains directly."""
+
+import shlex
+
+from rich.console import Console
+
+from embtune.api import FastSentenceTransformer
+from embtune.cli.data_config import MineConfig
+from embtune.cli.display import make_console, print_commands, working
+from embtune.data.corpus import read_corpus
+from embtune.data.mining import mine_hard_negatives
+from embtune.data.mining_rules import MiningRules
+from embtune.data.readers import read_dataset
+from embtune.files import write_json_lines
+
+
+def run_mine(config: MineConfig, console: Console | None = None) -> int:
+    """Read, rank, choose, write, and return the exit code.
+
+    Raises:
+        EmbtuneError: the data, the model or an option cannot be used; nothing is written then.
+    """
+    console = console or make_console()
+    rules = MiningRules(
+        num_negatives=config.num_negatives,
+        range_min=config.range_min,
+        range_max=config.range_max,
+        min_score=config.min_score,
+        max_score=config.max_score,
+        absolute_margin=config.absolute_margin,
+        relative_margin=config.relative_margin,
+        near_duplicates=config.near_duplicates,
+    )
+    with working(console, f"Reading {config.data}"):
+        pairs = read_dataset(config.data, columns=config.columns or None)
+    corpus: list[str] = []
+    if config.corpus is not None:
+        with working(console, f"Reading {config.corpus}"):
+            corpus = read_corpus(config.corpus, column=config.corpus_column)
+    with working(console, f"Loading {config.model}"):
+        model = FastSentenceTransformer.from_pretrained(
+            config.model, max_seq_length=config.max_seq_length, dtype=config.dtype, for_inference=True
+        )
+    console.print(f"Searching {len(pairs) + len(corpus):,} texts for {len(pairs):,} anchors.")
+    mined = mine_hard_negatives(
+        pairs,
+        model,
+        rules,
+        corpus=corpus,
+        output_format=config.output_format,
+        batch_size=config.batch_size,
+        show_progress=console.is_terminal,
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(config.out, mined.dataset)
+    console.print(str(mined), soft_wrap=True)
+    console.print(f"Saved {config.out}.", style="bold green", soft_wrap=True)
+    train = f"embtune train --model {shlex.quote(config.model)} --data {shlex.quote(str(config.out))}"
+    print_commands(console, [("Train with them:", train)])
+    return 0

@@ -1,0 +1,40 @@
+"""Where a command writes: checked before the work that leads there."""
+
+import os
+from pathlib import Path
+
+from embtune.errors import ArgumentError
+
+
+def check_place(option: str, folder: Path) -> None:
+    """Raise unless `folder` is a folder, or can be made.
+
+    Args:
+        option: the option that names it, for the message.
+
+    Raises:
+        ArgumentError: it is a file, or lies below one, or below a folder that must not be written.
+    """
+    path = folder.expanduser().absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        where = "is a file" if existing == path else f"cannot be made, because {existing} is a file"
+        raise ArgumentError(f"{option}={folder} {where}; give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{option}={folder}: {existing} must not be written by you. Give another folder.")
+
+
+def check_new_file(option: str, file: Path, ending: str, *sources: str | None) -> None:
+    """Raise unless `file` can be written, and is none of the `sources` that are read.
+
+    Raises:
+        ArgumentError: it has another ending, is a folder or one of the sources, or its folder cannot be written.
+    """
+    if file.suffix.lower() != ending:
+        raise ArgumentError(f"{option}={file} must end in {ending}, which is what is written.")
+    if file.is_dir():
+        raise ArgumentError(f"{option}={file} is a folder; give a file.")
+    check_place(option, file.parent)
+    for source in sources:
+        if source is not None and file.exists() and Path(source).exists() and file.samefile(source):
+            raise ArgumentError(f"{option}={file} is what is read; give another file, so that it stays as it is.")
