@@ -56,11 +56,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.chromium: $(VENV)/.dev
-	@if command -v chromium google-chrome >/dev/null 2>&1; then :; \
+	@if command -v chromium >/dev/null 2>&1; then touch $@; \
 	elif command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
-	  echo "== installing Chromium"; apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	  echo "== installing Chromium"; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null && touch $@; \
 	else echo "== no Chromium, and not the right to install it: tests of the report page in a browser are skipped"; fi
-	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.dev
 	@echo "== building llama.cpp (about five minutes)"

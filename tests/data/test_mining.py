@@ -196,6 +196,8 @@ def test_data_that_cannot_be_mined(model: SentenceTransformer) -> None:
     labelled = pairs().add_column("label", [1] * len(PAIRS))
     with pytest.raises(DataError, match="alone, not anchor, positive, label"):
         mine_hard_negatives(labelled, model)
+    with pytest.raises(DataError, match="no pairs to mine"):
+        mine_hard_negatives(Dataset.from_dict({"anchor": [], "positive": []}), model)
     with pytest.raises(DataError, match="No row got 3 negatives out of 2 documents"):
         mine_hard_negatives(pairs(PAIRS[:2]), model, RULES)
     with pytest.raises(ArgumentError, match="output_format='pairs'"):

@@ -88,7 +88,7 @@ def mine_hard_negatives(
         chunk: documents encoded and searched at a time; memory grows with it.
 
     Raises:
-        DataError: `pairs` has no anchor and positive, or more than that, or no row got enough negatives.
+        DataError: `pairs` is empty, has no anchor and positive or more than that, or no row got enough negatives.
         ArgumentError: an option is out of its range.
     """
     rules = rules or MiningRules()
@@ -114,6 +114,8 @@ def mine_hard_negatives(
 
 
 def _checked(pairs: Dataset) -> Dataset:
+    if not len(pairs):
+        raise DataError("There are no pairs to mine negatives for.")
     roles = ColumnRoles.from_names(pairs.column_names).roles
     if roles != ("anchor", "positive"):
         raise DataError(

@@ -11,6 +11,7 @@ from embtune.report.run import Run
 from embtune.report.words import number, size
 
 MAPS_ON_PAGE = 4  # each has up to 600 points and 300 lines
+METRICS_ON_THE_WAY = 3  # the main ones come first
 SIDES = ("before", "after")
 
 PARTS = {
@@ -48,7 +49,8 @@ def training(runs: Sequence[Run]) -> list[Plot]:
             title = f"{heading} over {max(run.step for run in runs):,} steps"
             note = _not_finite(runs) if name == "loss" else ""
             plots.append(Plot(heading, figures.curves(f"training-{name}", title, lines), legend, note))
-    for place, metric in enumerate(dict.fromkeys(key for run in runs for _, each in run.evaluations for key in each)):
+    metrics = list(dict.fromkeys(key for run in runs for _, each in run.evaluations for key in each))
+    for place, metric in enumerate(metrics[:METRICS_ON_THE_WAY]):
         lines = [
             (series, [(step, each[metric]) for step, each in run.evaluations if metric in each])
             for series, run in enumerate(runs)

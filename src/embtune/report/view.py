@@ -19,6 +19,7 @@ STATES = {
     "interrupted": "Stopped by Ctrl-C",
     "failed": "Failed",
 }
+_MEASURED_AS_PROCESS = (None, "cpu", "mps", "xpu")  # devices on which PyTorch's own peak is not asked for
 _HIDDEN_SETTINGS = ("config", "resume")
 
 
@@ -99,18 +100,13 @@ def _overview(series: int, run: Run) -> dict[str, Any]:
         "time": duration(run.seconds),
         "speed": f"{np.median(speeds):,.0f}" if speeds else None,
         "memory": size(run.memory) if run.memory else None,
-        "memory_of": "of the GPU" if "cuda" in _device_kind(run) else "of the process",
+        "memory_of": "of the process" if run.machine.get("device") in _MEASURED_AS_PROCESS else "of the GPU",
         "padding": padding,
         "packed": bool(run.lengths and run.lengths["packed"]),
         "headline": _headline(main) if main else None,
         "forgetting": _forgetting(run),
         "checkpoints": len(run.checkpoints),
     }
-
-
-def _device_kind(run: Run) -> str:
-    device = run.machine.get("device", "cpu")
-    return device if device in ("cpu", "mps", "xpu") else "cuda"
 
 
 def _data_names(run: Run) -> str:
