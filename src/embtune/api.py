@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from embtune import runtime
 from embtune.adapt.lora import AdaptedEncoder, LoraSettings, attach_lora, continue_adapter
 from embtune.adapt.quantised import is_quantised, prepare_quantised_base, quantization_config
+from embtune.adapt.saving import save_verified
 from embtune.errors import ArgumentError, ModelError
 from embtune.export.gguf_model import save_gguf
 from embtune.export.hub import push_folder
@@ -488,6 +489,8 @@ class FastModel:
             )
         backbone.load_notes = notes
         _prepare(backbone, notes)
+        if full_finetuning:
+            save_verified(backbone)
         if base is not None:
             folder = load.local_folder(source)
             saved = load.saved_tokenizer(folder, backbone, settings.processor_kwargs, trust_remote_code)

@@ -184,3 +184,16 @@ def test_an_adapter_of_another_class_is_refused(tmp_path: Path, tiny_dir: TinyDi
     plain.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="does not fit its base model: Found missing adapter keys"):
         FastSentenceTransformer.from_pretrained(tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_fully_trained_encoder_is_saved_whole_too(tmp_path: Path, tiny_dir: TinyDir) -> None:
+    encoder, _ = FastModel.from_pretrained(
+        tiny_dir("bert", bare=True), dtype="float32", full_finetuning=True, device="cpu"
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArgumentError, match=r"adapter_config\.json"):
+        encoder.save_pretrained(tmp_path / "other")
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = AutoModel.from_pretrained(tmp_path / "encoder")
+    torch.testing.assert_close(_states(again), _states(encoder.eval()), rtol=0, atol=0)

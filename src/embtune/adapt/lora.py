@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from embtune.adapt.merge import iter_merged_tensors
 from embtune.adapt.quantised import is_quantised
-from embtune.adapt.saving import save_adapter, save_encoder
+from embtune.adapt.saving import save_adapter, save_encoder, save_verified
 from embtune.adapt.targets import pooler_layers, resolve_modules_to_save, resolve_targets, within_layers
 from embtune.errors import ArgumentError, ModelError
 from embtune.runtime import seeded
@@ -104,9 +103,7 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
             encoder = self.base_model.merge_and_unload(progressbar=progressbar, safe_merge=safe_merge)
             encoder.to(checkpoint_dtype)
         self.merged = True
-        # On the instance, so that its class, which is written into its config, stays transformers' own.
-        vars(encoder)["save_pretrained"] = partial(save_encoder, encoder)
-        return encoder
+        return save_verified(encoder)
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
         """Write the adapter, or the whole encoder once it is merged; atomic, and read back before it appears.

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def save_encoder(encoder: PreTrainedModel, save_directory: str | Path, **options
         type(encoder).save_pretrained(encoder, staging, **options)
         if options.get("state_dict") is None:
             check_read_back(revert_weight_conversion(encoder, dict(iter_merged_tensors(encoder))), staging)
+
+
+def save_verified(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Make `save_encoder` the `save_pretrained` of this encoder, and return it."""
+    # On the instance, so that its class, which is written into its config, stays transformers' own.
+    vars(encoder)["save_pretrained"] = partial(save_encoder, encoder)
+    return encoder
 
 
 def check_read_back(expected: Mapping[str, Tensor], folder: Path) -> None:
