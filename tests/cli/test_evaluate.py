@@ -83,3 +83,16 @@ def test_clustering_and_classification(
     expected = evaluate_classification(model, probe["text"], probe["label"], texts["text"], texts["label"])
     assert result["metrics"] == pytest.approx(expected.metrics)
     assert EvaluationTask.read("texts.csv", {}, task="clustering").main_metric == "v_measure"
+
+
+def test_wrong_models_are_named_before_any_is_measured(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_dir("bert")
+    (work_dir / "run").mkdir()
+    (work_dir / "run" / "merged").symlink_to(model, target_is_directory=True)
+    for wrong, message in (("./mergd", "there is no such folder"), ("run", "is no model itself, but holds run/merged")):
+        assert main(["evaluate", str(model), wrong, "--data", "dev.jsonl"]) == 1
+        captured = capsys.readouterr()
+        assert message in " ".join(captured.err.split())
+        assert "Measuring" not in captured.out

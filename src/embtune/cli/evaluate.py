@@ -13,6 +13,7 @@ from embtune.cli.display import make_console, working
 from embtune.cli.tasks import EvaluationTask
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.result import EvaluationResult
+from embtune.models.load import Source
 from embtune.runtime import describe_machine
 
 REGRESSIONS_SHOWN = 5
@@ -25,6 +26,8 @@ def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
         EmbtuneError: the data, a model or an argument cannot be used.
     """
     # With --json, standard output carries the object and nothing else.
+    for name in config.models:
+        Source(name=name)  # a path that leads nowhere is said now, not after the models before it were measured
     console = console or (Console(stderr=True, markup=False, highlight=False) if config.json else make_console())
     with working(console, f"Reading {config.data}"):
         task = EvaluationTask.read(

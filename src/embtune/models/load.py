@@ -46,6 +46,10 @@ _TEXT_ONLY: dict[str, Any] = {
 }
 
 
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "modules.json", "adapter_config.json"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where a checkpoint comes from; the names are those of `from_pretrained`."""
@@ -76,6 +80,10 @@ class Source:
         )
         if looks_local and not path.is_dir():
             raise ModelError(f"{self.name}: there is no such folder. Check the path, or give a Hub name (owner/model).")
+        if path.is_dir() and not _holds_model(path):
+            inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _holds_model(folder))
+            if inside:
+                raise ModelError(f"{self.name} is no model itself, but holds {', '.join(inside)}; name that folder.")
 
     def renamed(self, name: str) -> "Source":
         """The base that an adapter names: of its own repository, where the adapter's revision means nothing."""

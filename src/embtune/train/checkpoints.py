@@ -48,7 +48,9 @@ def last_whole_checkpoint(run: Path) -> Path:
         if is_checkpoint_name(folder) and is_whole(folder)
     ]
     if not numbered:
-        raise ArgumentError(f"resume_from_checkpoint: {run} holds no whole checkpoint; start without resuming.")
+        raise ArgumentError(
+            f"There is nothing to resume: {run} holds no whole checkpoint. Start a new run in another folder."
+        )
     return max(numbered)[1]
 
 
