@@ -15,11 +15,14 @@ from embtune.packing.pool import POOLING_MODES, pool
 from embtune.packing.row import PackedRow
 
 
-def why_not_recordable(model: SentenceTransformer, engine: Engine | None, dtype: torch.dtype) -> str | None:
+def why_not_recordable(
+    model: SentenceTransformer, engine: Engine | None, dtype: torch.dtype, checkpointing: bool = False
+) -> str | None:
     """What keeps this model's training pass from being recorded, or None.
 
     Args:
         dtype: in which the encoder computes.
+        checkpointing: whether gradient checkpointing is about to be switched on, if it is not on yet.
     """
     device = model.device
     if device.type != "cuda":
@@ -30,7 +33,7 @@ def why_not_recordable(model: SentenceTransformer, engine: Engine | None, dtype:
         return "its attention does not run in variable-length FlashAttention"
     if torch.distributed.is_initialized():
         return "several processes share their gradients"
-    if describe_gradient_checkpointing(model[0].model) != "off":
+    if checkpointing or describe_gradient_checkpointing(model[0].model) != "off":
         return "gradient checkpointing asks for the state of the random numbers in the middle of a pass"
     for module in model:
         if isinstance(module, Pooling) and (module.pooling_mode not in POOLING_MODES or not module.include_prompt):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtune.packing.layout import PackedMask, Packing, flash_mask
+from embtune.packing.layout import Packing, row_mask
 
 # What flattening knows how to carry; a batch with anything else per token stays padded.
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids"})
@@ -71,10 +71,7 @@ def flatten(
         if key in features:
             row[key] = features[key].flatten().index_select(0, place).unsqueeze(0)
     row["position_ids"] = positions.unsqueeze(0)
-    if flash:
-        row["attention_mask"] = flash_mask(packing.cu_seqlens, packing.max_length)
-    else:
-        row["attention_mask"] = PackedMask.of(packing, dtype, mask_value)
+    row["attention_mask"] = row_mask(packing, dtype, mask_value, flash)
     row["cu_seq_lens_q"] = packing.cu_seqlens
     row["seq_idx"] = packing.text_of_token.unsqueeze(0)
     return row, packing

@@ -161,3 +161,10 @@ def flash_mask(cu_seqlens: Tensor, max_length: int) -> Tensor:
     plain 4-D tensor, which compiled and recorded code can take, and no mask that adds or selects has integers.
     """
     return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, max_length, -1)
+
+
+def row_mask(packing: Packing, dtype: torch.dtype, mask_value: float, flash: bool) -> Tensor:
+    """What stands in the place of a row's attention mask: a `flash_mask` where that serves, else a `PackedMask`."""
+    if flash:
+        return flash_mask(packing.cu_seqlens, packing.max_length)
+    return PackedMask.of(packing, dtype, mask_value)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtune.packing.layout import PackedMask, Packing, flash_mask
+from embtune.packing.layout import Packing, row_mask
 
 PREPARED = "embtune_row"
 """The feature, and the key of a batch, under which a `PackedRow` stands in the place of padded features."""
@@ -93,8 +93,5 @@ class PackedRow:
         packing = Packing(list(self.lengths), self.tokens_3T.device)
         packing.cu_seqlens, packing.text_of_token = self.cu_seqlens, self.tokens_3T[2]
         row = self.features()
-        if flash:
-            row["attention_mask"] = flash_mask(packing.cu_seqlens, packing.max_length)
-        else:
-            row["attention_mask"] = PackedMask.of(packing, dtype, mask_value)
+        row["attention_mask"] = row_mask(packing, dtype, mask_value, flash)
         return row, packing

@@ -23,9 +23,8 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs:
     """
     model, args = trainer.model, trainer.args
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    obstacle = why_not_recordable(model, getattr(model, "engine", None), autocast or model.dtype)
-    if obstacle is None and args.gradient_checkpointing:
-        obstacle = "gradient checkpointing asks for the state of the random numbers in the middle of a pass"
+    engine = getattr(model, "engine", None)
+    obstacle = why_not_recordable(model, engine, autocast or model.dtype, args.gradient_checkpointing)
     if obstacle is not None:
         raise ArgumentError(f"cuda_graphs=True cannot be honoured: {obstacle}.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
