@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TESTS  ?= tests
 
-.PHONY: demo test format test-runtimes clean
+.PHONY: demo test format docs test-runtimes clean
 
 demo: $(VENV)/.demo
 	$(BIN)/embtune demo $(ARGS)
@@ -25,6 +25,12 @@ test: $(VENV)/.dev
 # page in a real Chromium, which Debian's package brings.
 test-runtimes: $(VENV)/.llamacpp $(VENV)/.chromium
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "llamacpp or browser" tests/runtimes tests/report
+
+# Pages in site/; links that lead nowhere and names that the reference does not find end the build. `make test` runs every
+# block of the documents without these packages.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "== open site/index.html"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
@@ -54,6 +60,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "== installing embtune and its checks"
 	$(PIP) --editable ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "== installing what builds the pages"
+	$(PIP) --editable ".[docs]"
+	@touch $@
 
 $(VENV)/.chromium: $(VENV)/.dev
 	@if command -v chromium >/dev/null 2>&1; then touch $@; \

@@ -1,13 +1,21 @@
 import os
+from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton asks when it is imported whether it will interpret kernels on the CPU; `interpreter` asks for that again.
+    with suppress(ImportError), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
+
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
 from tiny import tiny_model_dir
 
 pytest_plugins = ["hub_server"]
@@ -24,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests neither read nor fill the caches of whoever runs them."""
     os.environ["EMBTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run on the CPU, interpreted, where there is no GPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

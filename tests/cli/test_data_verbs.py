@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from embtune.cli.config import TrainConfig, TrainDetails
-from embtune.cli.config_file import read_defaults
+from embtune.cli.config_file import read_config
 from embtune.cli.main import main
+from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig, TrainDetails
 from embtune.data.readers import read_dataset
 
 Run = Callable[[str], tuple[int, str, str]]
@@ -106,7 +106,7 @@ def test_init_writes_a_config_that_trains(run: Run, work_dir: Path) -> None:
     code, out, _ = run("init train.jsonl --model MODEL --out run/my.yaml")
     assert code == 0
     assert "CONFIRM" not in out
-    config = read_defaults(TrainConfig, work_dir / "run" / "my.yaml")
+    config = read_config(work_dir / "run" / "my.yaml")
     assert (config.batch_size, config.loss) == (32, "MultipleNegativesRankingLoss")
     assert run("train run/my.yaml --max-steps 1 --output trained")[0] == 0
     assert json.loads((work_dir / "trained" / "run.json").read_text())["config"]["batch_size"] == 32
@@ -115,18 +115,14 @@ def test_init_writes_a_config_that_trains(run: Run, work_dir: Path) -> None:
 def test_init_explains_every_key_and_shows_its_default(run: Run, work_dir: Path) -> None:
     run("init train.jsonl --model MODEL")
     text = (work_dir / "config.yaml").read_text(encoding="utf-8")
-    names = {each.name for owner in (TrainConfig, TrainDetails) for each in fields(owner)} - {
-        "config",
-        "resume",
-        "more",
-    }
+    names = {each.name for owner in (TrainConfig, TrainDetails) for each in fields(owner)} - {*COMMAND_OPTIONS, "more"}
     block = re.compile(r"(?:^# .+\n)+?(?:# )?(\w+):.*\n", re.MULTILINE)
     assert names <= set(block.findall(text))
     # With every key in force, the config is the default one but for what init has filled in.
     in_force = re.sub(r"^# (?=\w+:( |$)|- )", "", text[text.index("\n\n") :], flags=re.MULTILINE)
     (work_dir / "all.yaml").write_text(in_force, encoding="utf-8")
     assert yaml.safe_load(in_force).keys() == names
-    assert read_defaults(TrainConfig, work_dir / "all.yaml") == read_defaults(TrainConfig, work_dir / "config.yaml")
+    assert read_config(work_dir / "all.yaml") == read_config(work_dir / "config.yaml")
 
 
 def test_init_asks_to_confirm_what_it_guessed(run: Run, work_dir: Path) -> None:
@@ -135,7 +131,7 @@ def test_init_asks_to_confirm_what_it_guessed(run: Run, work_dir: Path) -> None:
     code, out, _ = run("init odd.csv --model MODEL")
     assert code == 0
     assert "CONFIRM" in out
-    config = read_defaults(TrainConfig, work_dir / "config.yaml")
+    config = read_config(work_dir / "config.yaml")
     assert config.columns == {"frage": "anchor", "antwort: lang": "positive"}
     text = (work_dir / "config.yaml").read_text(encoding="utf-8")
     assert "# CONFIRM: the names do not tell the roles" in text
@@ -144,7 +140,7 @@ def test_init_asks_to_confirm_what_it_guessed(run: Run, work_dir: Path) -> None:
     code, out, _ = run("init odd.csv --model MODEL --columns nr=anchor frage=positive --force")
     assert code == 0
     assert "CONFIRM" not in out
-    assert read_defaults(TrainConfig, work_dir / "config.yaml").columns == {"nr": "anchor", "frage": "positive"}
+    assert read_config(work_dir / "config.yaml").columns == {"nr": "anchor", "frage": "positive"}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +153,50 @@ def test_init_asks_to_confirm_what_it_guessed(run: Run, work_dir: Path) -> None:
 def test_init_chooses_a_loss_that_reads_the_columns(rows: str, loss: str, run: Run, work_dir: Path) -> None:
     (work_dir / "rows.jsonl").write_text(rows, encoding="utf-8")
     assert run("init rows.jsonl")[0] == 0
-    assert read_defaults(TrainConfig, work_dir / "config.yaml").loss == loss
+    assert read_config(work_dir / "config.yaml").loss == loss
+
+
+def test_check_and_mine_read_a_config(run: Run, work_dir: Path) -> None:
+    rows = [json.loads(line) for line in (work_dir / "train.jsonl").read_text().splitlines()]
+    cells = [f"{number};{row['anchor']};{row['positive']}" for number, row in enumerate(rows)]
+    (work_dir / "odd.csv").write_text("nr;frage;antwort\n" + "\n".join([*cells, cells[0]]) + "\n")
+    (work_dir / "conf").mkdir()
+    (work_dir / "conf" / "run.yaml").write_text(
+        "model: MODEL\ndata: ../odd.csv\ncolumns: {frage: anchor, antwort: positive}\neval_data: ../beir\n"
+        "eval_split: dev\n"
+    )
+    code, out, _ = run("check conf/run.yaml")
+    assert code == 1
+    assert "33 rows, cells separated by semicolons." in out
+    assert "Rows that repeat an earlier row: 1 of 33" in out
+    code, out, _ = run("evaluate MODEL --data conf/run.yaml")
+    assert code == 0
+    assert "Measuring on 16 queries and 16 documents from beir." in out
+    code, out, _ = run("mine conf/run.yaml --model MODEL --relative-margin None --out mined.jsonl")
+    assert code == 0
+    assert lines(work_dir / "mined.jsonl")[0]["anchor"] == rows[0]["anchor"]
+
+
+def test_what_is_there_is_replaced_on_demand_only(run: Run, work_dir: Path) -> None:
+    for line in (
+        "mine train.jsonl --model MODEL --relative-margin None --out out.jsonl",
+        "check train.jsonl --fix --out out.jsonl",
+        "init train.jsonl --out out.yaml",
+        "export MODEL --format merged --out out",
+    ):
+        for name in ("out.jsonl", "out.yaml"):
+            (work_dir / name).write_text("mine\n")
+        (work_dir / "out").mkdir(exist_ok=True)
+        (work_dir / "out" / "notes.txt").write_text("mine\n")
+        code, _, errors = run(line)
+        assert code == 1
+        assert "is there already" in errors and "--overwrite" in errors
+        assert run(f"{line} --overwrite")[0] == 0, line
+    assert sorted(path.name for path in (work_dir / "out").iterdir())[-2:] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (work_dir / "out" / "notes.txt").exists()
 
 
 MISTAKES = {
@@ -173,6 +212,11 @@ MISTAKES = {
     "impossible margin": ("mine train.jsonl --model MODEL --out m.jsonl --absolute-margin -1", "absolute_margin=-1"),
     "nothing found": ("mine train.jsonl --model MODEL --out m.jsonl --max-score -0.99", "No row got 3 negatives"),
     "column without corpus": ("mine train.jsonl --model MODEL --out m.jsonl --corpus-column x", "needs corpus"),
+    "no model": ("mine train.jsonl --out m.jsonl", "name the model that ranks"),
+    "several data sets of a config": ("mine two.yaml --out m.jsonl", "names the data sets a, b"),
+    "one file for several": ("check two.yaml --fix --out fixed.jsonl", "names 2 data sets"),
+    "nothing to measure on": ("evaluate MODEL --data two.yaml", "must name one data set as eval_data"),
+    "broken config to check": ("check there.yaml", "there.yaml: data is missing"),
     "no such corpus": ("mine train.jsonl --model MODEL --out m.jsonl --corpus no.jsonl", "no.jsonl"),
     "labels to mine for": ("mine sts.csv --model MODEL --out m.jsonl", "not sentence1, sentence2, score"),
     "no such model to mine with": ("mine train.jsonl --model nowhere --out m.jsonl", "nowhere"),
@@ -183,10 +227,10 @@ MISTAKES = {
     "share out of range": ("check train.jsonl --near-duplicates 0", "near_duplicates=0.0"),
     "split of nothing": ("check train.jsonl --eval-split test", "eval_split=test needs a BEIR folder"),
     "split of a file": ("check train.jsonl --eval dev.jsonl --eval-split test", "eval_split=test needs a BEIR folder"),
-    "columns of a folder": ("check train.jsonl --eval beir --eval-columns q=anchor", "needs a file"),
+    "columns of a folder": ("check train.jsonl --eval beir --eval-columns q=anchor", "need a file"),
     "evaluation without the split": ("check train.jsonl --eval beir", "test.tsv is missing"),
-    "columns of nothing": ("check train.jsonl --columns frage=anchor", "'frage'"),
-    "config is there": ("init train.jsonl --out there.yaml", "--force to replace it"),
+    "columns of nothing": ("check train.jsonl --columns frage=anchor", "frage=anchor names a column"),
+    "config is there": ("init train.jsonl --out there.yaml", "--overwrite to replace it"),
     "config of another ending": ("init train.jsonl --out config.json", "must end in .yaml"),
     "broken row in init": ("init broken.jsonl", "line 2, column 'positive' is empty"),
     "one column in init": ("init single.jsonl", "training needs two columns of text"),
@@ -199,6 +243,7 @@ def test_a_mistake_gives_one_message_and_leaves_nothing(mistake: str, run: Run, 
     line, part = MISTAKES[mistake]
     (work_dir / "folder.jsonl").mkdir()
     (work_dir / "there.yaml").write_text("model: mine\n")
+    (work_dir / "two.yaml").write_text("model: mine\ndata: {a: train.jsonl, b: dev.jsonl}\n")
     (work_dir / "broken.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a", "positive": null}\n')
     (work_dir / "single.jsonl").write_text('{"thing": "a"}\n')
     before = {path: path.read_bytes() for path in work_dir.rglob("*") if path.is_file()}

@@ -12,8 +12,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from embtune.cli.config import DemoConfig
 from embtune.cli.demo import run_demo
-from embtune.cli.display import TrainingProgress, duration
+from embtune.cli.display import duration
 from embtune.cli.pacing import WARMUP_STEPS, TimeBudget
+from embtune.cli.progress import TrainingProgress
 from embtune.errors import ArgumentError, DataError
 from embtune.files import read_json
 
@@ -192,6 +193,7 @@ def test_progress_moves_a_bar_on_a_terminal(args: TrainingArguments) -> None:
     with TrainingProgress(console, budget, tokens_per_step=1000) as progress:
         for loss in (2.0, 1.5):
             step(budget, state, control, args)
+            progress.on_step_end(args, state, control)
             progress.on_log(args, state, control, logs={"loss": loss})
         progress.on_log(args, state, control, logs={"train_runtime": 1.0})
     assert progress.losses == [2.0, 1.5]

@@ -10,6 +10,7 @@ from embtune.cli.tasks import EvaluationTask
 from embtune.data.readers import read_dataset
 from embtune.errors import DataError
 from embtune.evaluate import evaluate_classification
+from embtune.runtime import is_installed
 
 
 def test_one_model_one_line(work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +19,7 @@ def test_one_model_one_line(work_dir: Path, tiny_dir: Callable[..., Path], capsy
     shown = capsys.readouterr().out
     assert "16 queries and 16 documents from dev.jsonl" in shown
     assert "ndcg@3" in shown
-    assert "interval" not in shown
+    assert shown.count("95% interval") == 1
 
 
 def test_the_first_of_several_is_the_baseline(
@@ -29,7 +30,7 @@ def test_the_first_of_several_is_the_baseline(
     shown = "".join(capsys.readouterr().out.split())
     for other in models[1:]:
         assert f"{models[0]}(before)and{other}(after)" in shown
-    assert shown.count("95%interval") == 2
+    assert shown.count("95%interval") == 3
 
 
 def test_json_is_all_there_is_on_standard_output(
@@ -42,6 +43,8 @@ def test_json_is_all_there_is_on_standard_output(
     assert "Measuring" in captured.err
     assert [row["model"] for row in result["results"]] == [bert, mpnet]
     assert {row["kind"] for row in result["results"]} == {"sts"}
+    low, high = result["results"][0]["intervals"]["spearman"]
+    assert low < result["results"][0]["metrics"]["spearman"] < high
     [comparison] = result["comparisons"]
     assert comparison["before"] == bert
     spearman = comparison["metrics"]["spearman"]
@@ -96,3 +99,26 @@ def test_wrong_models_are_named_before_any_is_measured(
         captured = capsys.readouterr()
         assert message in " ".join(captured.err.split())
         assert "Measuring" not in captured.out
+
+
+def test_without_mteb_the_message_says_how_to_get_it(
+    tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if is_installed("mteb"):
+        pytest.skip("mteb is installed")
+    assert main(["evaluate", str(tiny_dir("bert")), "--mteb", "STS12"]) == 1
+    assert 'pip install "embtune[mteb]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "--data DATA, or --mteb TASK"),
+        ("--data dev.jsonl --mteb STS12", "--data DATA, or --mteb TASK"),
+        ("--mteb STS12 --k 3 --task sts", "k, task: tasks of MTEB settle that themselves"),
+        ("--mteb STS12 STS12", "names a task twice"),
+    ],
+)
+def test_what_to_measure_on_is_said_once(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "model", *options.split()]) in (1, 2)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
-from embtune.cli.config import ExportChoice
 from embtune.cli.export import usage
+from embtune.cli.export_choice import ExportChoice
 from embtune.cli.main import main
 
 TEXTS = ["How do I read a file?", "for line in open(path): yield line"]

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import embtune
 from embtune.cli.main import main
+from embtune.cli.parsing import parse_train
 
 # What is wrong -> (command line, part of the message). MODEL is a good one; the data are those of `work_dir`.
 MISTAKES = {
@@ -41,7 +42,7 @@ MISTAKES = {
         "train --model MODEL --data train.jsonl --eval-data dev.jsonl --early-stopping-patience 2",
         "set eval_steps too",
     ),
-    "evaluation without data": ("train --model MODEL --data train.jsonl --eval-steps 2", "need eval_data"),
+    "evaluation without data": ("train --model MODEL --data train.jsonl --eval-steps 2", "eval_steps needs eval_data"),
     "unknown format": ("train --model MODEL --data train.jsonl --exports onnx", "'onnx' is no format"),
     "unknown quantisation": ("train --model MODEL --data train.jsonl --exports gguf:q4_k_m", "'q4_k_m'"),
     "format for another architecture": (
@@ -53,7 +54,10 @@ MISTAKES = {
     "two data sets of one name": ("train --model MODEL --data train.jsonl beir/train.jsonl", "called 'train'"),
     "no such model": ("train --model nowhere --data train.jsonl --batch-size 8", "nowhere"),
     "fewer rows than a batch": ("train --model MODEL --data train.jsonl --batch-size 33", "32 rows"),
-    "column that is not there": ("train --model MODEL --data train.jsonl --columns q=anchor p=positive", "'q'"),
+    "column that is not there": (
+        "train --model MODEL --data train.jsonl --columns q=anchor p=positive",
+        "q=anchor names a column",
+    ),
     "role that is not there": ("train --model MODEL --data train.jsonl --columns anchor=query", "no role 'query'"),
     "no pair": ("train --model MODEL --data train.jsonl --columns anchor", "'anchor' must be written NAME=VALUE"),
     "unknown loss": (
@@ -91,9 +95,12 @@ MISTAKES = {
         "train --model MODEL --data train.jsonl --batch-size 8 --lora-targets foo",
         "target_modules=['foo']",
     ),
-    "unknown tracker": ("train --model MODEL --data train.jsonl --report-to tensorbord", "'tensorbord'"),
+    "unknown tracker": (
+        "train --model MODEL --data train.jsonl --batch-size 8 --report-to tensorbord",
+        "'tensorbord'",
+    ),
     "output is a file": ("train --model MODEL --data train.jsonl --output dev.jsonl", "dev.jsonl is a file"),
-    "nothing to resume": ("train --model MODEL --data train.jsonl --resume", "holds no run"),
+    "nothing to resume": ("train --resume embtune-run", "holds no run"),
     "evaluation data of another kind": (
         "train --model MODEL --data train.jsonl --batch-size 8 --eval-data sts.csv --eval-columns sentence1=text",
         "nothing can be measured",
@@ -140,7 +147,7 @@ BAD_FILES = {
     "a tab": ("model: MODEL\n\tdata: train.jsonl\n", "line 2, column 1"),
     "the same key twice": ("model: MODEL\nmodel: MODEL\n", "line 2: the key 'model' is there twice"),
     "no keys": ("- model\n", "holds no keys"),
-    "a Python object": ("model: !!python/object:os.system x\n", "line 1, column 8"),
+    "a Python object": ("model: !!python/object:os.system x\n", "line 1: this is no YAML that can be read"),
     "a date that is none": ("model: 2024-13-45\n", "line 1: month must be in 1..12"),
     "a key of the command": ("resume: true\n", "there is no key 'resume'"),
     "not UTF-8": (b"model: caf\xe9\n", "line 1: byte 11"),
@@ -203,10 +210,100 @@ def test_a_bad_config_file_gives_one_message_and_leaves_nothing(
     file = work_dir / "run.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     before = set(work_dir.rglob("*"))
-    code, _, errors = run("train --config run.yaml")
+    code, _, errors = run("train --config run.yaml --model MODEL --data train.jsonl")
     assert_one_message(code, errors, part)
     assert "run.yaml" in errors
     assert set(work_dir.rglob("*")) == before
+
+
+MANY = """model: MODEL
+data: {a: train.jsonl, b: dev.jsonl}
+batch_sise: 8
+lora_r: 0
+learning_rate: many
+epochs: 1
+max_steps: 3
+loss: MultipleNegativeRankingLoss
+losses: {c: CoSENTLoss}
+weights: {a: 0}
+eval_steps: 3
+training_args: {seed: 3}
+lora_args: {r: 3}
+exports: [onnx, merged]
+"""
+
+
+def test_all_mistakes_of_a_file_are_listed_at_once(run: Callable[[str], tuple[int, str, str]], work_dir: Path) -> None:
+    (work_dir / "run.yaml").write_text(MANY)
+    code, out, errors = run("train run.yaml")
+    first, *listed = errors.splitlines()
+    assert (code, out, first) == (1, "", "error: 11 mistakes:")
+    parts = (
+        *("line 3: there is no key 'batch_sise'. Did you mean batch_size?", "line 4: lora_r=0 must be at least 1."),
+        *("line 5: learning_rate is 'many'", "line 6: epochs=1.0 and max_steps=3 exclude each other"),
+        *("line 8: loss: there is no loss 'MultipleNegativeRankingLoss'. Did you mean MultipleNegativesRankingLoss?",),
+        *("line 9: losses: data has no data set 'c'; it has a, b.", "line 10: weights: a=0.0 must be more than 0."),
+        *("line 11: eval_steps needs eval_data.", "line 12: training_args: seed has an option of its own: seed."),
+        *("line 13: lora_args: r has an option of its own: lora_r.", "line 14: exports: 'onnx' is no format"),
+    )
+    for part in parts:
+        assert sum(f"- run.yaml, {part}" in line for line in listed) == 1, part
+
+
+def test_mistakes_name_flags_and_lines_where_they_are(
+    run: Callable[[str], tuple[int, str, str]], work_dir: Path
+) -> None:
+    (work_dir / "run.yaml").write_text("data: train.jsonl\neval_steps: 3\nlora_r: 0\n")
+    code, _, errors = run("train run.yaml --batch-size 0 --eval-data dev.jsonl --model m")
+    assert code == 1
+    assert (
+        errors
+        == "error: 2 mistakes:\n- batch_size=0 must be at least 1.\n- run.yaml, line 3: lora_r=0 must be at least 1.\n"
+    )
+    code, _, errors = run("train run.yaml --lora-r 8 --eval-data dev.jsonl")
+    assert (code, errors) == (1, "error: run.yaml: model is missing. Write it into the file, or give --model.\n")
+
+
+def test_flags_complete_a_file(work_dir: Path) -> None:
+    (work_dir / "run.yaml").write_text("data: train.jsonl\neval_steps: 3\nearly_stopping_patience: 2\n")
+    config = parse_train(["run.yaml", "--eval-data", "dev.jsonl", "--model", "m"])
+    assert (config.eval_data, config.more.eval_steps) == ({"dev": "dev.jsonl"}, 3)
+
+
+def test_paths_of_a_file_start_from_its_folder(work_dir: Path) -> None:
+    (work_dir / "conf").mkdir()
+    (work_dir / "conf" / "base").mkdir()
+    (work_dir / "conf" / "run.yaml").write_text(
+        "model: base\ndata: [../train.jsonl, gone.jsonl, owner/name]\neval_data: ../beir\noutput: out\n"
+        "loss: GISTEmbedLoss\nloss_args: {guide: owner/guide}\n"
+    )
+    config = parse_train(["conf/run.yaml", "--eval-data", "dev.jsonl"])
+    assert config.model == "conf/base"
+    assert config.data == {"train": "conf/../train.jsonl", "gone": "conf/gone.jsonl", "name": "owner/name"}
+    assert config.eval_data == {"dev": "dev.jsonl"}
+    assert config.output == Path("conf/out")
+    assert config.more.loss_args == {"guide": "owner/guide"}
+
+
+REFUSED_EARLY = (
+    "train --model m --data bad.jsonl",
+    "check bad.csv",
+    "mine bad.jsonl --model m --out m.jsonl",
+    "init bad.csv",
+)
+
+
+@pytest.mark.parametrize("line", REFUSED_EARLY)
+def test_mistakes_in_data_are_told_before_torch_is_imported(line: str, work_dir: Path) -> None:
+    (work_dir / "bad.jsonl").write_text("{")
+    (work_dir / "bad.csv").write_text('anchor,positive\na,"b\n')
+    code = (
+        "import sys; from embtune.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if {'torch', 'sentence_transformers'} & sys.modules.keys() else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: bad.") and "line " in done.stderr
 
 
 def test_a_config_file_that_is_not_there(run: Callable[[str], tuple[int, str, str]]) -> None:

@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     "unknown column": (
         {"x.jsonl": b'{"anchor": "a", "positive": "b", "id": "7"}\n'},
         TRAIN + "x.jsonl",
-        ["x.jsonl, line 1", "'id'", "columns="],
+        ["x.jsonl, line 1", "'id'", "--columns "],
     ),
     "one role twice": (
         {"x.jsonl": b'{"query": "a", "question": "b", "answer": "c"}\n'},
@@ -206,6 +206,91 @@ CASES: dict[str, Case] = {
         "evaluate m --data dev.jsonl",
         ["The model gone, the base of the adapter m, could not be loaded"],
     ),
+    # config files
+    "file of a key twice": (
+        {"c.yaml": b"model: MODEL\ndata: train.jsonl\nseed: 1\nseed: 2\n"},
+        "train c.yaml",
+        ["c.yaml, line 4", "'seed' is there twice"],
+    ),
+    "file of a misspelt key": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\nmax-step: 2\n"},
+        "train c.yaml",
+        ["c.yaml, line 3", "no key 'max_step'", "Did you mean max_steps?"],
+    ),
+    "file without data": ({"c.yaml": b"model: m\n"}, "train c.yaml", ["c.yaml: data is missing", "--data"]),
+    "file that is empty, checked": ({"c.yaml": b"data: train.jsonl\n"}, "check c.yaml", ["c.yaml: model is missing"]),
+    "file of data that is not there": (
+        {"conf/c.yaml": b"model: m\ndata: train.jsonl\n"},
+        "train conf/c.yaml",
+        ["conf/train.jsonl: there is no such file"],
+    ),
+    "file that is a list": ({"c.yaml": b"- model\n"}, "train c.yaml", ["c.yaml holds no keys", "key: value"]),
+    "file of a nested mapping": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\nprompts: {anchor: {a: b}}\n"},
+        "train c.yaml",
+        ["line 3: prompts is", "a mapping of names, each to a text"],
+    ),
+    "file of a text for a weight": (
+        {"c.yaml": b"model: m\ndata: [train.jsonl, dev.jsonl]\nweights: {dev: much}\n"},
+        "train c.yaml",
+        ["line 3: weights is", "each to a number"],
+    ),
+    "file of weights for one": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\nweights: {train: 2}\n"},
+        "train c.yaml",
+        ["c.yaml, line 3: weights need several data sets"],
+    ),
+    "file of a strange task": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\neval_data: dev.jsonl\neval_tasks: {dev: classification}\n"},
+        "train c.yaml",
+        ["line 4: eval_tasks: dev=classification", "retrieval, sts, clustering"],
+    ),
+    "file and a run": ({"c.yaml": b"model: m\n"}, "train c.yaml --resume r", ["leave config out"]),
+    # options
+    "quiet JSON": ({}, TRAIN + "train.jsonl --quiet --json", ["quiet and json exclude each other"]),
+    "run to go on in another place": ({}, "train --resume r --output s", ["leave output out"]),
+    "run of another version": (
+        {"r/run.json": b'{"config": {"model": "m", "data": {"a": "train.jsonl"}, "speed": 3}}'},
+        "train --resume r",
+        ["r/run.json: there is no key 'speed'"],
+    ),
+    "argument of the Trainer that is not there": (
+        {},
+        TRAIN + "train.jsonl --training-args weight_decai=0.1",
+        ["no argument 'weight_decai'", "Did you mean weight_decay?"],
+    ),
+    "value that the Trainer refuses": (
+        {},
+        TRAIN + "train.jsonl --training-args logging_strategy=often",
+        ["training_args: the Trainer refuses", "often"],
+    ),
+    "argument of the adapter that is not there": (
+        {},
+        TRAIN + "train.jsonl --lora-args use_rs_lora=true",
+        ["use_rs_lora", "use_rslora"],
+    ),
+    "argument with an option": (
+        {},
+        TRAIN + "train.jsonl --model-args dtype=float32",
+        ["model_args: dtype has an option"],
+    ),
+    "own loss without its arguments": (
+        {},
+        TRAIN + "train.jsonl dev.jsonl --losses dev=TripletLoss --loss-args dev=3",
+        ["loss_args: dev has a loss of its own", "{argument: value}"],
+    ),
+    "columns of one of several": (
+        {},
+        TRAIN + "train.jsonl dev.jsonl --columns dev.frage=anchor dev.antwort=positive",
+        ["dev.jsonl", "frage=anchor names a column that is not there"],
+    ),
+    "depth of nothing": (
+        {},
+        TRAIN + "train.jsonl --eval-data sts.csv --eval-columns sentence1=sentence1 sentence2=sentence2 score=score "
+        "--eval-k 3",
+        ["eval_k=3 is the depth of retrieval"],
+    ),
+    "weight that is no number": ({}, TRAIN + "train.jsonl dev.jsonl --weights dev=-1", ["weights: dev=-1.0 must be"]),
     # folders and machines
     "output below a file": (
         {},
@@ -214,7 +299,7 @@ CASES: dict[str, Case] = {
     ),
     "broken run to resume": (
         {"r/run.json": b'{"config": ', "r/checkpoints/checkpoint-1/trainer_state.json": b"{}"},
-        TRAIN + "train.jsonl --output r --resume",
+        "train --resume r",
         ["r/run.json is not what embtune wrote"],
     ),
     "more than the memory": (

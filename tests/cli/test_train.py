@@ -1,13 +1,17 @@
 import io
 import json
+import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from rich.console import Console
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -15,17 +19,24 @@ from sentence_transformers.sentence_transformer import losses as all_losses
 from torch import nn
 
 from embtune.api import FastSentenceTransformer
-from embtune.cli import config as configs
-from embtune.cli.config import EvaluateConfig, ExportChoice, ExportConfig, TrainConfig, TrainDetails
-from embtune.cli.config_file import read_defaults
-from embtune.cli.loss_choice import LOSS_INPUTS, make_loss
+from embtune.cli.config import EvaluateConfig, ExportConfig
+from embtune.cli.config_file import read_config
+from embtune.cli.export_choice import QUANTIZATIONS, ExportChoice
+from embtune.cli.loss_choice import make_loss
+from embtune.cli.loss_table import LOSS_INPUTS
 from embtune.cli.main import main
+from embtune.cli.places import DATA_ENDINGS
 from embtune.cli.tasks import EvaluationTask
 from embtune.cli.train import run_train
+from embtune.cli.train_config import TrainConfig, TrainDetails
+from embtune.data.formats import READERS
 from embtune.errors import ArgumentError
 from embtune.export.gguf import GGUF_QUANTIZATIONS
 from embtune.export.torchao import MINIMUM_COSINE
 from embtune.files import read_json
+from embtune.report.events import read_events
+from embtune.train import checkpoint_folders
+from embtune.train.checkpoint_folders import is_whole
 
 # PEFT asks transformers for a name it gave up, and torch's loader speaks of pinned memory without an accelerator.
 THIRD_PARTY = (
@@ -61,14 +72,19 @@ def test_a_whole_run(train: Train, work_dir: Path, capsys: pytest.CaptureFixture
     assert sorted(entry.name for entry in run.iterdir()) == sorted(
         ["checkpoints", "events.jsonl", "merged", "report.html", "results.json", "run.json"]
     )
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<dt>Forgetting check</dt><dd>passed</dd>" in page
     assert results["training"]["steps"] == 6
     assert results["training"]["first_loss"] > 0
     assert results["exports"] == {"merged": "run/merged"}
-    change = results["evaluation"]["metrics"]["ndcg@10"]
+    change = results["evaluations"]["dev"]["metrics"]["ndcg@10"]
     assert change["difference"] == pytest.approx(change["after"] - change["before"])
     assert change["low"] <= change["difference"] <= change["high"]
 
+    assert results["forgetting"]["metrics"]["ndcg@10"]["items"] == 200
     settings = read_json(run / "run.json")
+    assert settings["data"].keys() == {"train"}
+    assert {"config", "folder", "git", "machine"} <= settings.keys()
     assert settings["config"]["lora_r"] == 4
     assert settings["config"]["data"] == {"train": "train.jsonl"}
     assert {"torch", "transformers", "device"} <= settings["machine"].keys()
@@ -81,6 +97,15 @@ def test_a_whole_run(train: Train, work_dir: Path, capsys: pytest.CaptureFixture
 
     captured = capsys.readouterr()
     assert "r=4, alpha=32" in captured.out
+    for shown in (
+        "train.jsonl: 32 rows",
+        "used as",
+        "of a padded batch would be padding",
+        "memory     about",
+        "none found",
+    ):
+        assert shown in captured.out
+    assert "prose did not get worse" in captured.out
     assert "step 6/6  loss" in captured.out
     assert "16 queries and 16 documents from dev.jsonl" in captured.out
     assert "run/results.json" in captured.out
@@ -113,7 +138,7 @@ def test_a_config_file_and_flags_that_win_over_it(train: Train, work_dir: Path) 
     assert config["data"] == {"left": "train.jsonl", "right": "dev.jsonl"}
     assert config["loss_args"] == {"scale": 30}
     assert results["training"]["steps"] == 2
-    assert results["evaluation"]["data"] == "beir"
+    assert results["evaluations"]["beir"]["data"] == "beir"
     merged = work_dir / "from-flag" / "merged-16bit"
     assert {tensor.dtype for tensor in weights(merged).values()} <= {torch.float16, torch.bfloat16}
     assert SentenceTransformer(str(merged), device="cpu").prompts["query"] == "query: "
@@ -131,7 +156,7 @@ def test_before_and_after_are_measured_with_the_same_prompts(
     data = EvaluationTask.read("dev.jsonl", {})
     bare = data.run(prompted).metrics["ndcg@10"]
     prompted.prompts.update(query="find: ", document="code: ")
-    before = results["evaluation"]["metrics"]["ndcg@10"]["before"]
+    before = results["evaluations"]["dev"]["metrics"]["ndcg@10"]["before"]
     assert before == pytest.approx(data.run(prompted).metrics["ndcg@10"])
     assert before != pytest.approx(bare)
     scored = "--data train.jsonl --eval-data sts.csv --eval-columns sentence1=sentence1 sentence2=sentence2 score=score"
@@ -140,22 +165,25 @@ def test_before_and_after_are_measured_with_the_same_prompts(
 
 
 class InterruptedStream(io.StringIO):
-    """Presses Ctrl-C when `text` is first written."""
+    """Presses Ctrl-C whenever one of `texts` is first written."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, *texts: str) -> None:
         super().__init__()
-        self.text = text
+        self.texts = list(texts)
 
     def write(self, text: str) -> int:
-        if self.text and self.text in text:
-            self.text = ""
+        for awaited in [each for each in self.texts if each in text]:
+            self.texts.remove(awaited)
             signal.raise_signal(signal.SIGINT)
         return super().write(text)
 
 
-def run_until(config: TrainConfig, text: str) -> str:
-    stream = InterruptedStream(text)
+def run_until(config: TrainConfig, *texts: str) -> str:
+    """Train until Ctrl-C at these texts; gives the last line of output."""
+    stream = InterruptedStream(*texts)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert run_train(config, Console(file=stream, markup=False, width=120)) == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     return stream.getvalue().splitlines()[-1]
 
 
@@ -163,37 +191,87 @@ def interruptible(tiny: Path) -> TrainConfig:
     return TrainConfig(
         model=str(tiny),
         data={"train": "train.jsonl"},
-        eval_data="dev.jsonl",
+        eval_data={"dev": "dev.jsonl"},
         output=Path("run"),
         batch_size=8,
         max_steps=6,
-        more=TrainDetails(eval_steps=2, save_steps=2, engine="reference", dtype="float32"),
+        more=TrainDetails(eval_steps=2, save_steps=2, engine="reference", dtype="float32", forgetting_check=False),
     )
+
+
+SAME_FLAGS = (
+    "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 6 --eval-steps 2 --save-steps 2 "
+    "--engine reference --dtype float32 --no-forgetting-check"
+)
 
 
 @pytest.mark.filterwarnings(*THIRD_PARTY)
 def test_a_run_that_ctrl_c_ended_resumes_to_the_same_weights(
-    train: Train, work_dir: Path, tiny_dir: Callable[..., Path]
+    train: Train, work_dir: Path, tiny_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_until(interruptible(tiny_dir("bert")), "after step 4:").endswith("goes on from the last checkpoint.")
-    assert [folder.name for folder in (work_dir / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    said = run_until(interruptible(tiny_dir("bert")), "after step 2:")
+    assert said == "Stopped. Saved at step 3. To go on: embtune train --resume run"
+    assert "checkpoint-3" in [folder.name for folder in (work_dir / "run" / "checkpoints").iterdir()]
     assert not (work_dir / "run" / "results.json").exists()
-    flags = (
-        "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 6 --eval-steps 2 --save-steps 2 "
-        "--engine reference --dtype float32"
-    )
-    assert train(f"{flags} --output run --resume")["training"]["steps"] == 6
-    train(f"{flags} --output whole")
+    assert read_events(work_dir / "run" / "events.jsonl")[0][-1]["event"] == "interrupted"
+    # The data is found again from anywhere, and a run that has no step left takes none.
+    (work_dir / "elsewhere").mkdir()
+    monkeypatch.chdir(work_dir / "elsewhere")
+    for _ in range(2):
+        assert main(["train", "--resume", str(work_dir / "run")]) == 0
+        assert read_json(work_dir / "run" / "results.json")["training"]["steps"] == 6
+    monkeypatch.chdir(work_dir)
+    train(f"{SAME_FLAGS} --output whole")
     resumed, whole = weights(work_dir / "run" / "merged"), weights(work_dir / "whole" / "merged")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.filterwarnings(*THIRD_PARTY)
-def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
-    assert run_until(interruptible(tiny_dir("bert")), "after step 2:") == (
-        "Stopped by Ctrl-C. Nothing was left in run."
-    )
-    assert not (work_dir / "run").exists()
+def test_ctrl_c_with_nothing_to_save_leaves_nothing(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
+    config = interruptible(tiny_dir("bert"))
+    for texts in (["Reading dev"], ["Measuring the model"], ["after step 2:", "once more stops at once"]):
+        assert run_until(config, *texts) == "Stopped. Nothing was left in run."
+        assert not (work_dir / "run").exists()
+
+
+@pytest.mark.filterwarnings(*THIRD_PARTY)
+def test_ctrl_c_twice_loses_nothing_saved(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
+    said = run_until(interruptible(tiny_dir("bert")), "after step 4:", "once more stops at once")
+    assert said == "Stopped. Saved at step 2. To go on: embtune train --resume run"
+
+
+def test_sigterm_saves_a_checkpoint(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
+    flags = "--data train.jsonl --batch-size 8 --max-steps 100000 --output run"
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "embtune.cli.main",
+        "train",
+        "--model",
+        str(tiny_dir("bert")),
+        *flags.split(),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Finishing this step and saving a checkpoint; once more stops at once." in said
+    saved = re.search(r"Saved at step (\d+)\. To go on: embtune train --resume run", said)
+    assert saved is not None
+    assert is_whole(work_dir / "run" / "checkpoints" / f"checkpoint-{saved[1]}")
+
+
+def test_other_rows_are_not_resumed_with(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("--data train.jsonl --batch-size 8 --max-steps 1 --output run")
+    (work_dir / "train.jsonl").write_text((work_dir / "dev.jsonl").read_text())
+    capsys.readouterr()
+    assert main(["train", "--resume", "run"]) == 1
+    assert "resume: the rows of 'train' are not those that run began with" in capsys.readouterr().err
 
 
 def test_early_stopping_keeps_the_best(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +283,7 @@ def test_early_stopping_keeps_the_best(train: Train, work_dir: Path, capsys: pyt
     shown = capsys.readouterr().out.splitlines()
     scores = [float(line.split("ndcg@10 ")[1][:6]) for line in shown if line.startswith("after step")]
     assert results["training"]["steps"] == len(scores) < 20
-    assert results["evaluation"]["metrics"]["ndcg@10"]["after"] == pytest.approx(max(scores), abs=1e-4)
+    assert results["evaluations"]["dev"]["metrics"]["ndcg@10"]["after"] == pytest.approx(max(scores), abs=1e-4)
 
 
 def test_other_ways_to_train(train: Train, work_dir: Path) -> None:
@@ -219,7 +297,7 @@ def test_other_ways_to_train(train: Train, work_dir: Path) -> None:
         "--output sts"
     )
     assert results["training"]["steps"] == 2
-    assert results["evaluation"]["kind"] == "sts"
+    assert results["evaluations"]["sts"]["kind"] == "sts"
     assert results["exports"] == {"torchao:int8_weight_only": "sts/torchao-int8_weight_only"}
 
 
@@ -242,16 +320,17 @@ def test_own_column_names_for_training_and_evaluation(train: Train, work_dir: Pa
         "--data mine.json --columns frage=anchor antwort=positive --eval-data theirs.json "
         "--eval-columns f=anchor a=positive --batch-size 8 --max-steps 1"
     )
-    assert results["evaluation"]["metrics"]["ndcg@10"]["items"] == 8
+    assert results["evaluations"]["theirs"]["metrics"]["ndcg@10"]["items"] == 8
 
 
 def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
     (work_dir / "a.yaml").write_text(
         "model: m\ndata: [a.jsonl, b.jsonl]\nepochs: 2\nwarmup: 1e-1\nmax_seq_length: null\nloss_args: {scale: 3}\n"
     )
-    config = read_defaults(TrainConfig, work_dir / "a.yaml")
+    config = read_config(work_dir / "a.yaml")
     details = TrainDetails(loss_args={"scale": 3})
-    assert config == TrainConfig(model="m", data={"a": "a.jsonl", "b": "b.jsonl"}, epochs=2.0, more=details)
+    data = {name: str(work_dir / f"{name}.jsonl") for name in "ab"}
+    assert config == TrainConfig(model="m", data=data, epochs=2.0, more=details)
     assert config.flat()["warmup"] == 0.1
 
 
@@ -263,9 +342,9 @@ def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
         (TrainConfig, {"seed": -1}, "seed"),
         (TrainConfig, {"data": {}}, "data"),
         (TrainConfig, {"exports": ("merged", "merged")}, "exports"),
-        (TrainDetails, {"lora_dropout": 1.0}, "lora_dropout"),
-        (TrainDetails, {"eval_steps": 2, "save_steps": 3, "early_stopping_patience": 1}, "save_steps"),
-        (TrainDetails, {"matryoshka_dims": (8, 0)}, "matryoshka_dims"),
+        (TrainConfig, {"more": TrainDetails(lora_dropout=1.0)}, "lora_dropout"),
+        (TrainConfig, {"more": TrainDetails(eval_steps=2, save_steps=3, early_stopping_patience=1)}, "save_steps"),
+        (TrainConfig, {"more": TrainDetails(matryoshka_dims=(8, 0))}, "matryoshka_dims"),
         (EvaluateConfig, {"batch_size": 0}, "batch_size"),
         (ExportConfig, {"quantization": "q2"}, "quantization"),
     ],
@@ -273,7 +352,6 @@ def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
 def test_configs_check_themselves(config: type, settings: dict[str, Any], field: str) -> None:
     needed = {
         TrainConfig: {"model": "m", "data": {"a": "a.jsonl"}},
-        TrainDetails: {},
         EvaluateConfig: {"models": ("m",), "data": "d"},
         ExportConfig: {"model": "m", "format": "gguf", "out": Path("o")},
     }
@@ -282,8 +360,8 @@ def test_configs_check_themselves(config: type, settings: dict[str, Any], field:
 
 
 def test_the_formats_are_those_of_the_library() -> None:
-    assert set(configs.QUANTIZATIONS["gguf"]) == set(GGUF_QUANTIZATIONS)
-    assert set(configs.QUANTIZATIONS["torchao"]) == set(MINIMUM_COSINE)
+    assert set(QUANTIZATIONS["gguf"]) == set(GGUF_QUANTIZATIONS)
+    assert set(QUANTIZATIONS["torchao"]) == set(MINIMUM_COSINE)
     assert str(ExportChoice.parse("gguf")) == "gguf:q8_0"
     assert str(ExportChoice.parse("merged")) == "merged"
 
@@ -312,3 +390,78 @@ def test_losses_with_their_own_arguments(model: SentenceTransformer, tiny_dir: C
         make_loss("GISTEmbedLoss", {}, model)
     with pytest.raises(ArgumentError, match="margin_strategy"):
         make_loss("GISTEmbedLoss", {"guide": str(tiny_dir("mpnet")), "margin_strategy": "none"}, model)
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(work_dir.rglob("*"))
+    line = (
+        f"train --model {tiny_dir('bert')} --data train.jsonl --eval-data dev.jsonl --batch-size 8 --epochs 2 --dry-run"
+    )
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"time +\S+ s for 8 steps of \S+ s\n +measured in steps on random rows", out)
+    assert "compile: off" in out
+    assert "nothing was trained, nothing written" in out
+    assert set(work_dir.rglob("*")) == before
+
+
+def test_json_prints_events_and_quiet_prints_nothing(
+    train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--data train.jsonl --batch-size 8 --max-steps 1"
+    train(f"{flags} --output run --json")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events][:3] == ["run", "phase", "preflight"]
+    assert events[-1]["event"] == "finished"
+    assert events == read_events(work_dir / "run" / "events.jsonl")[0]
+    estimate = events[2]["estimate"]
+    assert estimate["steps"] == 1 and estimate["memory"] > 0 and not estimate["measured"]
+    train(f"{flags} --output quiet --quiet")
+    assert capsys.readouterr().out == ""
+
+
+def test_several_data_sets_each_with_loss_weight_and_columns(train: Train, work_dir: Path) -> None:
+    scored = (
+        (work_dir / "sts.csv")
+        .read_text()
+        .replace(",", ";")
+        .replace("sentence1", "links")
+        .replace("sentence2", "rechts")
+    )
+    (work_dir / "scored.csv").write_text(scored)
+    (work_dir / "conf").mkdir()
+    (work_dir / "conf" / "run.yaml").write_text(
+        "data: {pairs: ../train.jsonl, scored: ../scored.csv}\n"
+        "columns: {scored.links: sentence1, scored.rechts: sentence2, scored.score: score}\n"
+        "losses: {scored: CoSENTLoss}\n"
+        "loss_args: {scale: 30, scored: {scale: 25}}\n"
+        "weights: {pairs: 2, scored: 0.5}\n"
+        "eval_data: {dev: ../dev.jsonl, sts: ../sts.csv}\n"
+        "eval_columns: {}\n"
+        "eval_k: 5\n"
+        "eval_steps: 4\n"
+        "forgetting_check: false\n"
+        "batch_size: 8\n"
+        "lora_args: {use_rslora: true}\n"
+        "training_args: {weight_decay: 0.01}\n"
+        "model_args: {truncate_dim: 16}\n"
+        "output: ../run\n"
+    )
+    results = train("conf/run.yaml --output run")
+    # Twice the 4 batches of pairs, and half of the 2 of scored sentences.
+    assert results["training"]["steps"] == 9
+    assert results["evaluations"].keys() == {"dev", "sts"}
+    assert "ndcg@5" in results["evaluations"]["dev"]["metrics"]
+    assert "forgetting" not in results
+    adapter = read_json(work_dir / "run" / "checkpoints" / "checkpoint-9" / "adapter_config.json")
+    assert adapter["use_rslora"] is True
+    evaluations = [each for each in read_events(work_dir / "run" / "events.jsonl")[0] if each["event"] == "evaluation"]
+    assert {"dev_ndcg@5", "sts_spearman"} <= evaluations[0]["metrics"].keys()
+
+
+def test_names_that_are_not_imported_are_those_of_the_libraries() -> None:
+    assert checkpoint_folders.PREFIX_CHECKPOINT_DIR == transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
+    assert checkpoint_folders.TRAINER_STATE_NAME == transformers.trainer.TRAINER_STATE_NAME
+    assert set(DATA_ENDINGS) == set(READERS)

@@ -72,16 +72,16 @@ def test_layouts(names: list[str], roles: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("names", "fragments"),
     [
-        (["query", "question", "answer"], ["'query' and 'question'", "'anchor'", "Remove one", "columns={"]),
+        (["query", "question", "answer"], ["'query' and 'question'", "'anchor'", "Remove one", "--columns "]),
         (["text", "label", "score"], ["'label' and 'score'", "Remove one"]),
         (["anchor", "positive", "neg_1", "negative1"], ["'neg_1' and 'negative1'", "negative_1"]),
-        (["id", "prompt", "code"], ["'id', 'prompt', 'code'", "not known", "columns={"]),
-        (["id", "question", "answer"], ["'id'", "columns={'question': 'anchor', 'answer': 'positive'}"]),
-        (["query", "code"], ["'code'", "columns={'query': 'anchor', 'code': 'positive'}"]),
-        (["query", "text"], ["do not belong together", "'text': 'positive'"]),
-        (["anchor", "negative"], ["'positive'", "Rename or map"]),
+        (["id", "prompt", "code"], ["'id', 'prompt', 'code'", "not known", "--columns "]),
+        (["id", "question", "answer"], ["'id'", "--columns question=anchor answer=positive"]),
+        (["query", "code"], ["'code'", "--columns query=anchor code=positive"]),
+        (["query", "text"], ["do not belong together", "text=positive"]),
+        (["anchor", "negative"], ["'positive'", "Rename it, or say which it is"]),
         (["anchor", "label"], ["'positive'", "'text'"]),
-        (["sentence1", "score"], ["'sentence2'", "Rename or map"]),
+        (["sentence1", "score"], ["'sentence2'", "Rename it, or say which it is"]),
         (["label"], ["no text column", "'label'"]),
         ([], ["no text column"]),
         (["anchor", "positive", "anchor"], ["'anchor'", "twice", "Rename"]),
@@ -99,17 +99,17 @@ def test_the_mapping_in_a_message_works() -> None:
     names = ["id", "prompt", "code", "lang"]
     with pytest.raises(DataError) as caught:
         ColumnRoles.from_names(names[1:])
-    assert "columns={'prompt': 'anchor', 'code': 'positive'}" in str(caught.value)
+    assert "--columns prompt=anchor code=positive" in str(caught.value)
     roles = ColumnRoles.from_names(names, {"prompt": "anchor", "code": "positive"})
     assert dict(roles) == {"prompt": "anchor", "code": "positive"}
 
 
 def test_a_mapping_is_checked() -> None:
-    with pytest.raises(DataError, match=r"'promt'.*'prompt', 'code'.*spelt"):
+    with pytest.raises(DataError, match=r"promt=anchor.*'prompt', 'code'.*spelt"):
         ColumnRoles.from_names(["prompt", "code"], {"promt": "anchor", "code": "positive"})
     with pytest.raises(ArgumentError, match=r"no role 'query'.*anchor, positive"):
         ColumnRoles.from_names(["prompt", "code"], {"prompt": "query", "code": "positive"})
-    with pytest.raises(ArgumentError, match="chooses no column of 'prompt', 'code'"):
+    with pytest.raises(ArgumentError, match="columns is empty: it chooses no column of 'prompt', 'code'"):
         ColumnRoles.from_names(["prompt", "code"], {})
     with pytest.raises(DataError, match="'a' and 'b' both claim the role 'anchor'"):
         ColumnRoles.from_names(["a", "b"], {"a": "anchor", "b": "anchor"})

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from embtune.data.readers import read_dataset
+from embtune.data.readers import read_dataset, read_raw
 from embtune.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -260,3 +260,24 @@ def test_hub_datasets(hub: "HubServer", tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_said_so() -> None:
     with pytest.raises(DataError, match=r"ada/pairs cannot be reached.*HF_HUB_OFFLINE"):
         read_dataset("ada/pairs")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("x.csv", "anchor;positive\na, b, c;d\ne;f\n", "semicolons"),
+        ("x.csv", "anchor\tpositive\na;b\tc\n", "tabs"),
+        ("x.tsv", "anchor,positive\na,b\n", "commas"),
+        ("x.csv", 'anchor,positive\n"a; b, c",d;e\n', "commas"),
+        ("x.csv", "anchor,positive;negative\na,b;c\n", "commas"),
+        ("x.csv", "frage;antwort, lang;nr\nWas?;Das.;1\nWer, wie?;Der;2\n", "semicolons"),
+        ("x.csv", "text\na; b\nc, d\n", "commas"),
+    ],
+)
+def test_the_separator_is_recognised(tmp_path: Path, name: str, text: str, word: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    raw = read_raw(tmp_path / name)
+    assert raw.separator == word
+    if text.startswith("anchor") and ";negative" not in text:
+        assert read_dataset(tmp_path / name).column_names == ["anchor", "positive"]
+        assert len(list(raw.rows)) == text.count("\n") - 1

@@ -13,6 +13,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from embtune import FastSentenceTransformer
 from embtune.errors import ArgumentError
 from embtune.export.card import DataFacts, MetricChange, add_section, describe_training
 
@@ -133,3 +134,17 @@ def test_bad_arguments_are_named(model: SentenceTransformer) -> None:
     with pytest.raises(ArgumentError, match=r"low=0\.3 is above high=0\.1"):
         MetricChange(0.1, 0.2, low=0.3, high=0.1)
     assert "generated_from_trainer" not in model.model_card_data.tags
+
+
+def test_a_card_names_the_folder_and_plain_classes(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cpu")
+    FastSentenceTransformer.get_peft_model(model, r=2)
+    merged = model.save_pretrained_merged(tmp_path / "my-model")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    for folder, name in ((merged, "my-model"), (tmp_path / "adapter", "adapter")):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f'SentenceTransformer("{name}")' in card
+        assert "\nSentenceTransformer(\n" in card
+        for wrong in ("FastSentenceTransformer", "sentence_transformers_model_id", "Download from"):
+            assert wrong not in card
+    assert "'architecture': 'BertModel'" in (merged / "README.md").read_text(encoding="utf-8")

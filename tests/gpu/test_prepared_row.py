@@ -23,8 +23,8 @@ def test_a_prepared_row_is_embedded_without_waiting(tiny_dir: Callable[..., Path
     model.eval()
     with torch.no_grad():
         model({key: value.cuda() for key, value in padded.items() if isinstance(value, torch.Tensor)})  # warm up
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             row = PackedRow.of([texts[:5], texts[5:]], token_types=True).pin_memory().to("cuda")
             first, second = embed_row_once(model, row)
         finally:

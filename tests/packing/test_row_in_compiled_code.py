@@ -62,7 +62,7 @@ def test_the_mask_of_flash_attention_reaches_the_attention(model_type: str, tiny
     engine = packed.engine
     assert engine.flash
     features = packed.preprocess(TEXTS)
-    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, flash=True)
+    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, attention="flash")
     assert flattened is not None
     embeddings = SentenceTransformer.forward(packed, flattened[0])["sentence_embedding"]
     torch.testing.assert_close(embeddings, reference(dict(features))["sentence_embedding"], rtol=0, atol=1e-5)

@@ -45,6 +45,7 @@ def whole_run(train: Callable[..., Path]) -> Path:
     """A run with everything: evaluations on the way, before and after, two exports."""
     return train(
         *("whole", "--eval-data", "DEV", "--max-steps", "12", "--eval-steps", "4", "--learning-rate", "3e-2"),
+        "--no-forgetting-check",
         *("--exports", "merged", "gguf:q8_0"),
     )
 

@@ -56,7 +56,7 @@ def test_a_run_ends_with_its_page(whole_run: Path) -> None:
         ElementTree.fromstring(svg)
         assert "nan" not in svg.lower()
     results = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))
-    change = results["evaluation"]["metrics"]["ndcg@10"]
+    change = results["evaluations"]["dev"]["metrics"]["ndcg@10"]
     metrics = section(page, "metrics")
     assert f"{change['before']:.4f}" in metrics
     assert f"{change['after']:.4f}" in metrics

@@ -230,7 +230,8 @@ def _obstacle(device: str) -> str | None:
 
 def _weighed(estimate: CompileEstimate, steps_left: int, pays: bool) -> str:
     if estimate.threshold == NEVER:
-        layers = f"{str(estimate.dtype).removeprefix('torch.')} layers{' with dropout' if estimate.dropout else ''}"
+        layers = f"{str(estimate.dtype).removeprefix('torch.')} layers"
+        layers += " with the checkpoint's own dropout" if estimate.dropout else ""
         return f"off: on a CPU, compiled {layers} were not faster ({estimate.trainable} training)"
     saved = f"{steps_left:,} steps × {1000 * estimate.saving_seconds:,.1f} ms saved"
     verdict, comparison = ("on", "repay") if pays else ("off", "do not repay")

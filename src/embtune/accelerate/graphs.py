@@ -5,23 +5,27 @@ sizes (`Shape`), inputs are copied to where the graph reads them, and gradients 
 """
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtune.errors import EmbtuneWarning
+from embtune.packing.attention import TILES_LENGTH
 from embtune.packing.row import PackedRow
 
 Embed = Callable[[PackedRow, int], Tensor]
 """From a flat row, and the length that no text of it exceeds, to the embeddings [N, D] of its texts."""
 
-# Passes on a side stream before recording: libraries set up their workspaces, and compiled layers compile.
+# Passes on a side stream before the first recording: libraries set up their workspaces, and kernels are compiled.
 _WARM_UP = 2
-# Attention launches blocks for the longest text that a graph may hold; those of a shorter row return at once.
-_LENGTH_STEP = 128
+# FlashAttention launches blocks for the longest text that a graph may hold; those of a shorter row return at once.
+_LENGTH_STEP = TILES_LENGTH
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ class Shape:
         """The text of each token [T] int64 and the borders of all texts [N + 1] int32, fillers included."""
         spare, count = self.tokens - sum(row.lengths), self.fillers
         fillers = [spare // count + (index < spare % count) for index in range(count)]
-        lengths = torch.tensor([*row.lengths, *fillers])
-        borders = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-        return torch.repeat_interleave(lengths), borders
+        lengths = np.array([*row.lengths, *fillers])
+        borders = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        # PyTorch's repeat_interleave takes a millisecond to wake its threads.
+        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), torch.from_numpy(borders)
 
 
 @dataclass(eq=False)
@@ -80,6 +85,8 @@ class EncoderGraphs:
         autocast: the dtype of `torch.autocast` in the pass, or None.
         limit: shapes recorded at most; rows of further ones are left to the caller.
         step: rows are filled up to a multiple of so many tokens.
+        strict: whether a pass that cannot be recorded is an error, or a warning after which every row is left to the
+            caller.
     """
 
     def __init__(
@@ -90,11 +97,13 @@ class EncoderGraphs:
         autocast: torch.dtype | None = None,
         limit: int = 16,
         step: int = 1024,
+        strict: bool = True,
     ) -> None:
         self._embed = embed
         self._parameters = list(parameters)
         self._autocast = autocast
         self._limit = limit
+        self._strict = strict
         self._step = step
         self._recordings: dict[Shape, _Recording] = {}
         self._accumulated = [torch.empty_like(parameter) for parameter in self._parameters]
@@ -116,9 +125,16 @@ class EncoderGraphs:
             return None  # or a forward still waits for its backward, whose states this one would overwrite
         shape = Shape.of(row.lengths, self._step)
         if shape not in self._recordings:
-            if len(self._recordings) == self._limit:
+            if len(self._recordings) >= self._limit:
                 return None
-            self._recordings[shape] = self._record(row, shape)
+            try:
+                self._recordings[shape] = self._record(row, shape)
+            except RuntimeError as error:
+                if self._strict:
+                    raise
+                self._limit = 0
+                warnings.warn(f"CUDA graphs: off for further sizes, because {error}", EmbtuneWarning, stacklevel=2)
+                return None
         recording = self._recordings[shape]
         _copy(row, recording)
         ticket = _Ticket()
@@ -129,7 +145,7 @@ class EncoderGraphs:
         static = _static_row(row, shape)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP):
+            for _ in range(1 if self._recordings else _WARM_UP):
                 embeddings = self._pass(static, shape)
                 torch.autograd.grad(embeddings, self._parameters, torch.zeros_like(embeddings), allow_unused=True)
             del embeddings

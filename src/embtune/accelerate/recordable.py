@@ -9,10 +9,10 @@ from torch import Tensor
 
 from embtune.models.checkpointing import describe_gradient_checkpointing
 from embtune.models.engine import Engine
-from embtune.packing.attention import flash_serves
-from embtune.packing.layout import flash_mask
+from embtune.packing.layout import bounds_mask, flash_mask
 from embtune.packing.pool import POOLING_MODES, pool
 from embtune.packing.row import PackedRow
+from embtune.runtime import compute_dtype
 
 
 def why_not_recordable(
@@ -29,8 +29,8 @@ def why_not_recordable(
         return f"the model is on {device.type}, and CUDA graphs exist on NVIDIA GPUs only"
     if engine is None or not engine.packs(model[0].model):
         return "batches are padded"
-    if not engine.flash or not flash_serves(device, dtype):
-        return "its attention does not run in variable-length FlashAttention"
+    if engine.attention(device, dtype, model.max_seq_length or 0) == "groups":
+        return "its attention is computed for groups of texts, which differ from batch to batch"
     if torch.distributed.is_initialized():
         return "several processes share their gradients"
     if checkpointing or describe_gradient_checkpointing(model[0].model) != "off":
@@ -43,16 +43,20 @@ def why_not_recordable(
     return None
 
 
-def embed_row(model: SentenceTransformer, row: PackedRow, longest: int) -> Tensor:
+def embed_row(model: SentenceTransformer, engine: Engine, row: PackedRow, longest: int) -> Tensor:
     """The embeddings [N, D] of a row in which no text is longer than `longest`; never waits for the device.
 
     The model's modules run as they are, but for pooling: sentence-transformers 6.0's asks how many texts there are.
     """
     features: dict[str, Any] = row.features()
-    features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
+    device = row.tokens_3T.device
+    if engine.attention(device, compute_dtype(device, model.dtype), longest) == "tiles":
+        features["attention_mask"] = bounds_mask(row.cu_seqlens, row.tokens_3T.shape[1])
+    else:
+        features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
     for module in model:
         if isinstance(module, Pooling):
-            states_TC = features["token_embeddings"][0]
+            states_TC = features["token_embeddings"].squeeze(0)
             features["sentence_embedding"] = pool(states_TC, row.cu_seqlens, row.tokens_3T[2], module.pooling_mode)
         else:
             features = module(features)

@@ -7,6 +7,10 @@ from pathlib import Path
 from embtune.errors import ArgumentError
 from embtune.files import read_json
 
+WRAPPER_TRACES = ("base_model.", ".base_layer.", ".lora_", "_orig_mod.", ".modules_to_save.", ".original_module.")
+"""Parts of a whole model's tensor names that a wrapper has left: a reader would find no such tensor, and take random
+weights instead."""
+
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 # What transformers and PEFT look for, in any of their formats and variants.
@@ -45,6 +49,22 @@ def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool) -> 
         )
 
 
+def contradictions(folder: Path) -> list[tuple[list[str], list[str]]]:
+    """Adapter files and whole weights that share a folder, for each folder of a Transformer module where they do.
+
+    Raises:
+        ArgumentError: modules.json cannot be read.
+    """
+    found = []
+    for backbone in sorted(_backbone_folders(folder)):
+        names = [path.name for path in sorted(_entries(backbone)) if _matches(path, _ANY_WEIGHTS)]
+        adapter = [name for name in names if name.startswith("adapter_")]
+        whole = [name for name in names if name not in adapter]
+        if adapter and whole:
+            found.append((adapter, whole))
+    return found
+
+
 def refuse_modules(folder: str | Path) -> None:
     """Refuse to save a plain encoder over a sentence-transformers model, whose other modules would stay.
 
@@ -65,7 +85,7 @@ def earlier_weights(folder: Path) -> set[str]:
 
 def earlier_model(folder: Path) -> set[str]:
     """Names in `folder` that belong to an earlier sentence-transformers model: its weights and its modules' folders."""
-    modules = {path.relative_to(folder).parts[0] for path, _ in _modules(folder) if path != folder}
+    modules = {path.relative_to(folder).parts[0] for path, _ in module_folders(folder) if path != folder}
     return earlier_weights(folder) | modules
 
 
@@ -78,10 +98,10 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _backbone_folders(folder: Path) -> set[Path]:
-    return {folder} | {path for path, class_name in _modules(folder) if class_name == "Transformer"}
+    return {folder} | {path for path, class_name in module_folders(folder) if class_name == "Transformer"}
 
 
-def _modules(folder: Path) -> Iterator[tuple[Path, str]]:
+def module_folders(folder: Path) -> Iterator[tuple[Path, str]]:
     """Folder and class name of each module of a sentence-transformers folder, those in a Router included."""
     listed = folder / "modules.json"
     try:

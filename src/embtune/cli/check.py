@@ -1,22 +1,23 @@
 """`embtune check`: what is wrong with a file of rows, and a cleaned file where that is asked for."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from embtune.api import FastSentenceTransformer
+from embtune.cli.config_file import read_config
 from embtune.cli.data_config import CheckConfig
 from embtune.cli.display import make_console, working
+from embtune.cli.places import is_config
 from embtune.data.cleaning import CHARACTERS, CheckedData, LengthLimit, check_data
 from embtune.data.columns import LABEL_ROLES
 from embtune.data.readers import read_dataset, read_raw
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError
 from embtune.files import write_json_lines
-from embtune.models.modules import single_transformer
 
 
 def run_check(config: CheckConfig, console: Console | None = None) -> int:
@@ -26,6 +27,8 @@ def run_check(config: CheckConfig, console: Console | None = None) -> int:
         EmbtuneError: the data, the model or an option cannot be used at all; nothing is written then.
     """
     console = console or make_console()
+    if is_config(config.data):
+        return max(run_check(each, console) for each in _in_config(config))
     raw = read_raw(config.data)
     evaluation = {source: _asked(source, config) for source in config.eval}
     lengths = CHARACTERS if config.model is None else _token_limit(config.model, config.max_seq_length)
@@ -37,7 +40,7 @@ def run_check(config: CheckConfig, console: Console | None = None) -> int:
             near_duplicates=config.near_duplicates,
             lengths=lengths,
         )
-    _show(checked, console)
+    _show(checked, raw.separator, console)
     if config.fix:
         cleaned = checked.cleaned()
         config.fixed_file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,24 @@ def run_check(config: CheckConfig, console: Console | None = None) -> int:
         )
     left = [finding for finding in checked.findings if not (config.fix and finding.removable)]
     return 1 if left else 0
+
+
+def _in_config(config: CheckConfig) -> list[CheckConfig]:
+    """A check of each data set that a config of `train` names, with its columns and evaluation data."""
+    train = read_config(config.data)
+    if config.out is not None and len(train.data) > 1:
+        raise ArgumentError(f"out={config.out} is one file, and {config.data} names {len(train.data)} data sets.")
+    return [
+        replace(
+            config,
+            data=source,
+            columns=config.columns or train.columns_of(name),
+            eval=config.eval or tuple(train.eval_data.values()),
+            eval_columns=config.eval_columns or train.more.eval_columns,
+            eval_split=config.eval_split or train.more.eval_split,
+        )
+        for name, source in train.data.items()
+    ]
 
 
 def _asked(source: str, config: CheckConfig) -> Collection[str]:
@@ -68,6 +89,9 @@ def _token_limit(name: str, max_seq_length: int | None) -> LengthLimit:
     Raises:
         ArgumentError: it has no such limit.
     """
+    from embtune.api import FastSentenceTransformer
+    from embtune.models.modules import single_transformer
+
     model = FastSentenceTransformer.from_pretrained(name, max_seq_length=max_seq_length, for_inference=True)
     tokenizer, limit = single_transformer(model, "Counting tokens").tokenizer, model.max_seq_length
     if limit is None:
@@ -79,8 +103,8 @@ def _token_limit(name: str, max_seq_length: int | None) -> LengthLimit:
     return LengthLimit(limit, f"tokens of {name}", measure)
 
 
-def _show(checked: CheckedData, console: Console) -> None:
-    console.print(f"{checked.total:,} rows.")
+def _show(checked: CheckedData, separator: str | None, console: Console) -> None:
+    console.print(f"{checked.total:,} rows{f', cells separated by {separator}' if separator else ''}.")
     table = Table(box=None, pad_edge=False)
     for heading in ("column", "role", "script", "mean length"):
         table.add_column(heading, justify="right" if heading == "mean length" else "left")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embtune.cli.flags import Float, Int, MaybeFloat, MaybeInt, MaybeText, Pairs, Switch, shown
-from embtune.cli.places import check_new_file
+from embtune.cli.places import check_new_file, check_overwrite, is_config
 from embtune.errors import ArgumentError
 
 
@@ -16,11 +16,13 @@ class MineConfig:
     """Find hard negatives for your pairs: texts that a model ranks high although they do not answer."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Pairs: .jsonl .csv .tsv .parquet, or a Hub name."""
-    model: Annotated[str, tyro.conf.arg(metavar="NAME")]
-    """Model that ranks: folder or Hub name."""
+    """Pairs: .jsonl .csv .tsv .parquet, or a Hub name; or a config of `train`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """File to write (.jsonl); it trains as it is."""
+    model: MaybeText = None
+    """Model that ranks: folder or Hub name; without, that of the config."""
+    overwrite: Switch = False
+    """Replace the file if it is there."""
     corpus: Annotated[str | None, shown("DATA")] = None
     """More texts to search: a file of texts, or a BEIR folder."""
     corpus_column: MaybeText = None
@@ -54,6 +56,9 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         check_new_file("out", self.out, ".jsonl", self.data, self.corpus)
+        check_overwrite("out", self.out, self.overwrite)
+        if self.model is None and not is_config(self.data):
+            raise ArgumentError("model: name the model that ranks (--model).")
         if self.corpus_column is not None and self.corpus is None:
             raise ArgumentError(f"corpus_column={self.corpus_column} needs corpus.")
 
@@ -63,7 +68,7 @@ class CheckConfig:
     """Look for what training or measuring would suffer from. Exit code: 0 if nothing is left to mend, else 1."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Rows to check (.jsonl .csv .tsv .parquet, or a Hub name)."""
+    """Rows to check: .jsonl .csv .tsv .parquet, or a Hub name; or a config of `train`."""
     eval: Annotated[tuple[str, ...], shown("DATA…")] = ()
     """What you measure on, files or BEIR folders: training must not see what they ask."""
     eval_columns: Pairs = field(default_factory=dict)
@@ -82,6 +87,8 @@ class CheckConfig:
     """Write the rows that are in order to --out; DATA itself is never changed."""
     out: Annotated[Path | None, shown("FILE")] = None
     """File for --fix (.jsonl); without, DATA's name with .clean.jsonl."""
+    overwrite: Switch = False
+    """Replace that file if it is there."""
 
     def __post_init__(self) -> None:
         if self.max_seq_length is not None and self.model is None:
@@ -91,9 +98,10 @@ class CheckConfig:
         if self.eval_split is not None and all(Path(source).is_file() for source in self.eval):
             raise ArgumentError(f"eval_split={self.eval_split} needs a BEIR folder or a Hub data set in eval.")
         if self.eval_columns and all(Path(source).is_dir() for source in self.eval):
-            raise ArgumentError(f"eval_columns={dict(self.eval_columns)} needs a file or a Hub data set in eval.")
-        if self.fix:
+            raise ArgumentError(f"eval_columns: {', '.join(self.eval_columns)} need a file or a Hub data set in eval.")
+        if self.fix and not is_config(self.data):
             check_new_file("out", self.fixed_file, ".jsonl", self.data, *self.eval)
+            check_overwrite("out", self.fixed_file, self.overwrite)
 
     @property
     def fixed_file(self) -> Path:
@@ -115,10 +123,9 @@ class InitConfig:
     """Model to tune: folder, adapter folder or Hub name."""
     columns: Pairs = field(default_factory=dict)
     """Roles of your columns, as question=anchor answer=positive; without, they are recognised."""
-    force: Switch = False
+    overwrite: Annotated[Switch, tyro.conf.arg(aliases=["--force"])] = False
     """Replace the file if it is there."""
 
     def __post_init__(self) -> None:
         check_new_file("out", self.out, ".yaml", self.data)
-        if self.out.exists() and not self.force:
-            raise ArgumentError(f"out={self.out} is there already. Give another file, or --force to replace it.")
+        check_overwrite("out", self.out, self.overwrite)

@@ -18,10 +18,12 @@ from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
 from embtune.cli import plain_reload
-from embtune.cli.config import DemoConfig, ExportChoice
-from embtune.cli.display import duration, make_console, print_commands, sample_table, working
+from embtune.cli.config import DemoConfig
+from embtune.cli.display import duration, make_console, print_commands, working
 from embtune.cli.export import save_export_for_report
+from embtune.cli.export_choice import ExportChoice
 from embtune.cli.run_folder import RunFolder
+from embtune.cli.samples import sample_table
 from embtune.cli.timed_training import TrainingFacts, train_within
 from embtune.data.code_pairs import CodePairs, collect_code_pairs
 from embtune.data.general_text import general_retrieval

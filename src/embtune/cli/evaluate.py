@@ -1,22 +1,32 @@
-"""`embtune evaluate`: any number of models on one data set, in one table."""
+"""`embtune evaluate`: any number of models on one data set or on tasks of MTEB, in one table."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
 from embtune.cli.config import EvaluateConfig
+from embtune.cli.config_file import read_config
 from embtune.cli.display import make_console, working
+from embtune.cli.places import is_config
 from embtune.cli.tasks import EvaluationTask
+from embtune.errors import ArgumentError
 from embtune.evaluate.compare import Comparison, compare
+from embtune.evaluate.mteb_tasks import evaluate_mteb, mteb_tasks
 from embtune.evaluate.result import EvaluationResult
 from embtune.models.load import Source
 from embtune.runtime import describe_machine
 
 REGRESSIONS_SHOWN = 5
+
+Measured = TypeVar("Measured")
 
 
 def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
@@ -29,9 +39,35 @@ def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     for name in config.models:
         Source(name=name)  # a path that leads nowhere is said now, not after the models before it were measured
     console = console or (Console(stderr=True, markup=False, highlight=False) if config.json else make_console())
-    with working(console, f"Reading {config.data}"):
+    if config.mteb:
+        _run_mteb(config, console)
+    else:
+        assert config.data is not None
+        if is_config(config.data):
+            config = _in_config(config, config.data)
+        _run_data(config, str(config.data), console)
+    return 0
+
+
+def _in_config(config: EvaluateConfig, file: str) -> EvaluateConfig:
+    """With the evaluation data, its columns and split that a config of `train` names.
+
+    Raises:
+        ArgumentError: it names none, or several.
+    """
+    train = read_config(file)
+    if len(train.eval_data) != 1:
+        names = ", ".join(train.eval_data) or "none"
+        raise ArgumentError(f"{file} must name one data set as eval_data to measure on; it names {names}.")
+    [(name, source)] = train.eval_data.items()
+    columns, split = config.columns or train.eval_columns_of(name), config.split or train.more.eval_split
+    return replace(config, data=source, columns=columns, split=split)
+
+
+def _run_data(config: EvaluateConfig, data: str, console: Console) -> None:
+    with working(console, f"Reading {data}"):
         task = EvaluationTask.read(
-            config.data,
+            data,
             config.columns,
             config.split,
             task=config.task,
@@ -42,22 +78,42 @@ def run_evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     console.print(f"Measuring on {task}.")
     if len(config.models) > 1:
         task.check_comparable()
-    results = {name: _measure(name, task, config, console) for name in config.models}
+    results = {name: _measure(name, task.run, config, console) for name in config.models}
     baseline, *others = config.models
     comparisons = {name: compare(results[baseline], results[name]) for name in others}
     if config.json:
         print(json.dumps(_to_dict(config, results, comparisons), indent=2, ensure_ascii=False))
     else:
         _show(results, comparisons, baseline, console)
-    return 0
 
 
-def _measure(name: str, task: EvaluationTask, config: EvaluateConfig, console: Console) -> EvaluationResult:
+def _run_mteb(config: EvaluateConfig, console: Console) -> None:
+    tasks = mteb_tasks(config.mteb)
+    measure = partial(evaluate_mteb, tasks=tasks, batch_size=config.batch_size)
+    scores = {name: _measure(name, measure, config, console) for name in config.models}
+    if config.json:
+        rows = [{"model": name, "scores": [asdict(score) for score in found]} for name, found in scores.items()]
+        print(json.dumps({"mteb": rows, "machine": describe_machine()}, indent=2, ensure_ascii=False))
+        return
+    table = Table(title="MTEB, main scores", title_justify="left", box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for score in scores[config.models[0]]:
+        table.add_column(f"{score.task}\n{score.metric}", justify="right", no_wrap=True)
+    for name, found in scores.items():
+        table.add_row(Text(name), *(f"{score.score:.4f}" for score in found))
+    console.print()
+    console.print(table)
+    console.print("mteb gives no score for each item, so nothing says how sure differences are.")
+
+
+def _measure(
+    name: str, measure: Callable[[SentenceTransformer], Measured], config: EvaluateConfig, console: Console
+) -> Measured:
     with working(console, f"Measuring {name}"):
         model = FastSentenceTransformer.from_pretrained(
             name, max_seq_length=config.max_seq_length, dtype=config.dtype, for_inference=True
         )
-        return task.run(model)
+        return measure(model)
 
 
 def _to_dict(
@@ -65,7 +121,9 @@ def _to_dict(
 ) -> dict[str, Any]:
     return {
         "data": config.data,
-        "results": [{"model": name, **result.to_dict()} for name, result in results.items()],
+        "results": [
+            {"model": name, **result.to_dict(), "intervals": result.intervals()} for name, result in results.items()
+        ],
         "comparisons": [
             {"before": config.models[0], "after": name, **comparison.to_dict()}
             for name, comparison in comparisons.items()
@@ -80,10 +138,13 @@ def _show(
     first = results[baseline]
     table = Table(title=f"{first.kind}, {first.items:,} items", title_justify="left", box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for metric in first.metrics:
-        table.add_column(metric, justify="right", no_wrap=True)
+    main, *others = first.metrics
+    for heading in (main, "95% interval", *others):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        table.add_row(Text(name), *(f"{value:.4f}" for value in result.metrics.values()))
+        interval = " to ".join(f"{end:.4f}" for end in result.intervals().get(main, ()))
+        values = [f"{value:.4f}" for value in result.metrics.values()]
+        table.add_row(Text(name), values[0], interval, *values[1:])
     console.print()
     console.print(table)
     for name, comparison in comparisons.items():

@@ -7,8 +7,9 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from embtune.api import FastSentenceTransformer
-from embtune.cli.config import ExportChoice, ExportConfig
+from embtune.cli.config import ExportConfig
 from embtune.cli.display import make_console, print_commands, working
+from embtune.cli.export_choice import ExportChoice
 from embtune.export.gguf_architecture import gguf_architecture
 from embtune.export.parity import collected_parities
 from embtune.models.families import unwrapped

@@ -1,6 +1,10 @@
-"""The training itself: the Trainer's arguments from the options, and what is shown and noted while it runs."""
+"""The Trainer of a run: its arguments from the options, and what is shown and noted while it runs."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, fields
+from io import StringIO
 from typing import Any
 
 import torch
@@ -16,19 +20,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from embtune.cli.config import TrainConfig
-from embtune.cli.display import TrainingProgress
 from embtune.cli.pacing import TimeBudget
-from embtune.cli.run_folder import RunFolder
+from embtune.cli.progress import TrainingProgress
 from embtune.cli.tasks import EvaluationTask
+from embtune.cli.train_config import TrainConfig
+from embtune.errors import ArgumentError
 from embtune.report.callback import EventCallback, StepTimer
 from embtune.report.events import EventLog
-from embtune.report.lengths import measure_lengths
 from embtune.runtime import choose_dtype
 from embtune.train.arguments import SentenceTransformerTrainingArguments
-from embtune.train.checkpoints import last_whole_checkpoint
-from embtune.train.compiling import tokens_per_step
 from embtune.train.trainer import SentenceTransformerTrainer
 
 ADAPTER_LEARNING_RATE = 2e-4
@@ -37,105 +39,159 @@ CHECKPOINTS_KEPT = 2
 LOGGED_SHARE = 0.005  # of the steps: reading the loss after each one would make an accelerator wait
 
 
-def fit(
+def check_trainer_options(config: TrainConfig) -> None:
+    """Raise for trackers and arguments that the Trainer does not have.
+
+    Raises:
+        ArgumentError: it names them, and what is near.
+    """
+    for name in config.more.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ArgumentError(f"report_to: there is no tracker {name!r}; there are {known}.")
+        if name not in get_available_reporting_integrations():
+            raise ArgumentError(f"report_to: {name} is not installed. Install it with pip, or leave it out.")
+    arguments = [each.name for each in fields(SentenceTransformerTrainingArguments)]
+    for name in config.more.training_args:
+        if name not in arguments:
+            near = difflib.get_close_matches(name, arguments, 1)
+            hint = f"Did you mean {near[0]}?" if near else "See SentenceTransformerTrainingArguments."
+            raise ArgumentError(f"training_args: the Trainer has no argument {name!r}. {hint}")
+
+
+def make_trainer(
     config: TrainConfig,
-    run: RunFolder,
+    folder: str,
     model: SentenceTransformer,
-    loss: nn.Module,
-    data: dict[str, Dataset],
-    task: EvaluationTask | None,
-    console: Console,
-    log: EventLog,
-    on_begin: Callable[[], None],
-) -> dict[str, Any]:
-    """Train `model` in place.
+    loss: nn.Module | Mapping[str, nn.Module],
+    data: Mapping[str, Dataset],
+    evaluator: "TaskEvaluator | None" = None,
+    **instead: Any,
+) -> SentenceTransformerTrainer:
+    """The Trainer, ready to train.
 
     Args:
-        on_begin: called when everything has been checked and the first step is next.
-
-    Returns:
-        Steps, seconds, first and last loss, ready for JSON.
+        folder: for checkpoints.
+        evaluator: measures while training.
+        instead: arguments of the Trainer that take the place of those the options say.
     """
-    evaluated = task if config.more.eval_steps else None
-    patience = config.more.early_stopping_patience
+    patience = config.more.early_stopping_patience if evaluator else None
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=training_arguments(config, run, model, evaluated),
+        args=training_arguments(config, folder, model, evaluator, **instead),
         train_dataset=DatasetDict(data) if len(data) > 1 else next(iter(data.values())),
-        loss=loss,
-        evaluator=TaskEvaluator(evaluated, console, log) if evaluated else None,
+        loss=dict(loss) if isinstance(loss, Mapping) else loss,
+        evaluator=evaluator,
         callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.remove_callback(PrinterCallback)
-    length = RunLength()
-    lengths = measure_lengths(model, data, config.batch_size, config.more.prompts)
-    if lengths is not None:
-        log.write("lengths", **lengths)
-    tokens = config.batch_size * lengths["tokens_per_row"] if lengths else tokens_per_step(trainer)
-    progress = TrainingProgress(console, length, tokens)
-    timer = StepTimer(log, trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss])
-    for callback in (BeginCallback(on_begin), EventCallback(log, tokens), timer, length, progress):
-        trainer.add_callback(callback)
-    checkpoint = str(last_whole_checkpoint(run.checkpoints)) if config.resume else None
-    with progress:
-        seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
-        "seconds": seconds,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-    }
+    return trainer
 
 
 def training_arguments(
-    config: TrainConfig, run: RunFolder, model: SentenceTransformer, evaluated: EvaluationTask | None
+    config: TrainConfig, folder: str, model: SentenceTransformer, evaluator: "TaskEvaluator | None", **instead: Any
 ) -> SentenceTransformerTrainingArguments:
-    """The Trainer's arguments; `evaluated` is what is measured while training."""
+    """The Trainer's arguments; see `make_trainer`.
+
+    Raises:
+        ArgumentError: the Trainer refuses one.
+    """
     more = config.more
-    keeps_best = evaluated is not None and more.early_stopping_patience is not None
+    keeps_best = evaluator is not None and more.early_stopping_patience is not None
     save_steps = more.save_steps or (more.eval_steps if keeps_best else None)
     learning_rate = config.learning_rate or (FULL_LEARNING_RATE if config.full_finetuning else ADAPTER_LEARNING_RATE)
     compute = choose_dtype(more.dtype, model.device).dtype if model.device.type == "cuda" else torch.float32
-    return SentenceTransformerTrainingArguments(
-        output_dir=str(run.checkpoints),
-        num_train_epochs=config.epochs or 1.0,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type=more.scheduler,
-        warmup_steps=more.warmup,
-        bf16=compute == torch.bfloat16,
-        fp16=compute == torch.float16,
-        seed=config.seed,
-        batch_sampler=more.batch_sampler,
-        prompts=dict(more.prompts) or None,
-        compile=more.compile,
-        token_cache=more.token_cache,
-        eval_strategy="steps" if evaluated else "no",
-        eval_steps=more.eval_steps,
-        save_strategy="steps" if save_steps else "epoch",
-        save_steps=save_steps or 500,
-        save_total_limit=CHECKPOINTS_KEPT,
-        load_best_model_at_end=keeps_best,
-        metric_for_best_model=f"eval_{evaluated.main_metric}" if evaluated and keeps_best else None,
-        greater_is_better=True if keeps_best else None,
-        logging_steps=LOGGED_SHARE,
-        logging_first_step=True,
-        report_to=list(more.report_to) or "none",
-        disable_tqdm=True,
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": folder,
+        "num_train_epochs": config.epochs or 1.0,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": more.scheduler,
+        "warmup_steps": more.warmup,
+        "bf16": compute == torch.bfloat16,
+        "fp16": compute == torch.float16,
+        "seed": config.seed,
+        "batch_sampler": more.batch_sampler,
+        "prompts": dict(more.prompts) or None,
+        "compile": more.compile,
+        "token_cache": more.token_cache,
+        "dataset_weights": dict(more.weights) or None,
+        "eval_strategy": "steps" if evaluator else "no",
+        "eval_steps": more.eval_steps,
+        "save_strategy": "steps" if save_steps else "epoch",
+        "save_steps": save_steps or 500,
+        "save_total_limit": CHECKPOINTS_KEPT,
+        "load_best_model_at_end": keeps_best,
+        "metric_for_best_model": f"eval_{evaluator.primary_metric}" if evaluator and keeps_best else None,
+        "greater_is_better": True if keeps_best else None,
+        "logging_steps": LOGGED_SHARE,
+        "logging_first_step": True,
+        "report_to": list(more.report_to) or "none",
+        "dataloader_pin_memory": model.device.type == "cuda",
+        "disable_tqdm": True,
+    }
+    try:
+        return SentenceTransformerTrainingArguments(**{**arguments, **more.training_args, **instead})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ArgumentError) or not more.training_args:
+            raise
+        raise ArgumentError(f"training_args: the Trainer refuses {dict(more.training_args)}: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a training did."""
+
+    steps: int
+    """Optimizer steps, those before a resume included."""
+    seconds: float
+    """Of this process alone."""
+    first_loss: float | None
+    """The first that was logged."""
+    last_loss: float | None
+    """The last one."""
+
+
+def fit(
+    trainer: SentenceTransformerTrainer,
+    tokens_per_step: float,
+    console: Console,
+    log: EventLog,
+    callbacks: list[TrainerCallback],
+    checkpoint: str | None,
+) -> TrainingFacts:
+    """Train, and show and note how it goes.
+
+    Args:
+        tokens_per_step: real tokens in a batch.
+        callbacks: more of them.
+        checkpoint: where to go on.
+    """
+    length = RunLength()
+    metric = f"eval_{trainer.evaluator.primary_metric}" if trainer.evaluator else None
+    progress = TrainingProgress(console, length, tokens_per_step, metric)
+    timer = StepTimer(log, trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss])
+    for callback in (EventCallback(log, tokens_per_step), timer, length, progress, *callbacks):
+        trainer.add_callback(callback)
+    # The Trainer prints its decisions to standard output, where a quiet run shows none.
+    with progress, redirect_stdout(StringIO()) if console.quiet else nullcontext():
+        seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    return TrainingFacts(trainer.state.global_step, seconds, first, last)
 
 
 class TaskEvaluator(SentenceEvaluator):
-    """An evaluation task in the form that the Trainer calls; shows the result of each call."""
+    """Evaluation tasks in the form that the Trainer calls; shows the results of each call."""
 
-    def __init__(self, task: EvaluationTask, console: Console, log: EventLog) -> None:
+    def __init__(self, tasks: Mapping[str, EvaluationTask], console: Console, log: EventLog) -> None:
         super().__init__()
-        self.log = log
-        self.task = task
-        self.console = console
-        self.primary_metric = task.main_metric
+        self._tasks = tasks
+        self._console = console
+        self._log = log
+        first = next(iter(tasks))
+        self.primary_metric = self._key(first, tasks[first].main_metric)
 
     def __call__(
         self,
@@ -144,11 +200,17 @@ class TaskEvaluator(SentenceEvaluator):
         epoch: float = -1,
         steps: int = -1,
     ) -> dict[str, float]:
-        self.log.phase("Measuring while training")
-        result = self.task.run(model)
-        self.console.print(f"after step {steps}: {result}")
-        self.store_metrics_in_model_card_data(model, result.metrics, epoch, steps)
-        return dict(result.metrics)
+        self._log.phase("Measuring while training")
+        metrics: dict[str, float] = {}
+        for name, task in self._tasks.items():
+            result = task.run(model)
+            self._console.print(f"after step {steps}: {result}")
+            metrics |= {self._key(name, metric): value for metric, value in result.metrics.items()}
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def _key(self, task: str, metric: str) -> str:
+        return metric if len(self._tasks) == 1 else f"{task}_{metric}"
 
 
 class RunLength(TimeBudget):

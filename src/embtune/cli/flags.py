@@ -33,6 +33,14 @@ def _values(texts: Sequence[str]) -> dict[str, Any]:
         raise ArgumentError(f"{' '.join(texts)}: a value is neither number, text, list nor true or false.") from error
 
 
+def _numbers(texts: Sequence[str]) -> dict[str, float]:
+    pairs = _pairs(texts)
+    try:
+        return {name: float(value) for name, value in pairs.items()}
+    except ValueError as error:
+        raise ArgumentError(f"{' '.join(texts)}: each must be written NAME=NUMBER.") from error
+
+
 def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
     """Name data sets: `NAME=SOURCE` says its name, a bare file or Hub name is called by its last part.
 
@@ -90,6 +98,7 @@ _HIDDEN_DEFAULT = tyro.conf.arg(help_behavior_hint="")
 
 Pairs = Annotated[Mapping[str, str], _flag(_pairs, "A=B…"), _HIDDEN_DEFAULT]
 Values = Annotated[Mapping[str, Any], _flag(_values, "A=B…"), _HIDDEN_DEFAULT]
+Numbers = Annotated[Mapping[str, float], _flag(_numbers, "A=N…"), _HIDDEN_DEFAULT]
 Sources = Annotated[Mapping[str, str], _flag(sources_by_name, "FILE…")]
 Switch = Annotated[bool, _HIDDEN_DEFAULT]
 Texts = Annotated[tuple[str, ...], shown("NAME…")]

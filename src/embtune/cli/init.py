@@ -1,5 +1,6 @@
 """`embtune init`: a config for `embtune train` that explains every key, with the user's own columns in it."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
@@ -14,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from embtune.cli.config import TrainConfig, TrainDetails
 from embtune.cli.data_config import InitConfig
 from embtune.cli.display import make_console, print_commands, working
-from embtune.cli.loss_choice import check_labels, check_loss
+from embtune.cli.loss_data import check_columns, check_labels
+from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig, TrainDetails
 from embtune.data.columns import LABEL_ROLES, ColumnRoles
 from embtune.data.readers import read_dataset, read_raw
 from embtune.data.recognise import RecognisedColumns, recognise_columns
@@ -26,7 +27,6 @@ from embtune.files import write_text
 
 _SAMPLE = 1_000  # rows from which roles are recognised
 _SHOWN = 2
-_NO_KEYS = ("config", "resume")
 _CONFIRM = "CONFIRM: the names do not tell the roles; these are a guess. Correct them where they are wrong."
 
 
@@ -41,8 +41,8 @@ def run_init(config: InitConfig, console: Console | None = None) -> int:
         found = _recognise(config)
         rows = read_dataset(config.data, columns=found.roles)
     settings = _settings(config, found, rows)
-    check_loss(settings["loss"], {config.data: rows})
-    check_labels(settings["loss"], {}, {config.data: rows})
+    check_columns(settings["loss"], config.data, rows)
+    check_labels(settings["loss"], {}, config.data, rows)
     samples = _samples(rows)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(config.out, (f"{line}\n" for line in _lines(found, settings, samples, len(rows))))
@@ -65,7 +65,8 @@ def _recognise(config: InitConfig) -> RecognisedColumns:
 
 def _settings(config: InitConfig, found: RecognisedColumns, rows: Dataset) -> dict[str, Any]:
     """The keys that are written in force; all others show their default as a comment."""
-    settings: dict[str, Any] = {"model": config.model, "data": config.data}
+    # The paths of a config start from its own folder.
+    settings: dict[str, Any] = {name: _from_folder_of(config.out, getattr(config, name)) for name in ("model", "data")}
     if found.unused or found.guessed or config.columns:
         settings["columns"] = dict(found.roles)
     settings["output"] = str(TrainConfig.output)
@@ -78,6 +79,11 @@ def _settings(config: InitConfig, found: RecognisedColumns, rows: Dataset) -> di
     else:
         settings["loss"] = "CoSENTLoss" if len(rows.column_names) == 3 else "MarginMSELoss"
     return settings
+
+
+def _from_folder_of(file: Path, source: str) -> str:
+    path = Path(source).expanduser()
+    return source if path.is_absolute() or not path.exists() else os.path.relpath(path, file.parent)
 
 
 def _samples(rows: Dataset) -> list[dict[str, str]]:
@@ -95,6 +101,7 @@ def _lines(
     rows: int,
 ) -> Iterator[str]:
     yield "# What `embtune train` does with this file; each key is a flag too, and flags win."
+    yield "# Paths start from the folder of this file."
     yield "# A key behind a # shows its default; take the # away to change it."
     yield "#"
     yield f"# {rows:,} rows. The columns, as they are understood:"
@@ -113,7 +120,7 @@ def _lines(
 def _keys(owner: type, settings: Mapping[str, Any], about_columns: str | None) -> Iterator[str]:
     documented = {each.arg_name: each.description for each in parse_from_object(owner).params}
     for field in fields(owner):
-        if field.name in _NO_KEYS or field.name == "more":
+        if field.name in (*COMMAND_OPTIONS, "more"):
             continue
         yield from (f"# {line.strip()}" for line in str(documented[field.name]).splitlines())
         if field.name == "columns" and about_columns is not None:

@@ -6,30 +6,24 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from pathlib import Path
-from typing import Any, TextIO, TypeVar
-
-import tyro
+from typing import Any, TextIO
 
 from embtune import __version__
 from embtune.cli.config import (
     CacheConfig,
     DemoConfig,
     EvaluateConfig,
-    EverydayTrainConfig,
     ExportConfig,
     ReportConfig,
-    TrainConfig,
-    TrainDetails,
     WatchConfig,
 )
-from embtune.cli.config_file import read_defaults
 from embtune.cli.data_config import CheckConfig, InitConfig, MineConfig
+from embtune.cli.lookup_config import CompletionConfig, InspectConfig
+from embtune.cli.parsing import parse, parse_train
+from embtune.cli.train_config import TrainConfig
 from embtune.errors import ArgumentError, EmbtuneError, EmbtuneWarning
-
-Config = TypeVar("Config")
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 VERBOSE_VARIABLE = "EMBTUNE_VERBOSE"
@@ -44,7 +38,9 @@ _VERBS = {
     "export": "save a model for sentence-transformers, llama.cpp or TorchAO",
     "report": "write the page that shows what a run did, or compares several",
     "watch": "show that page while a run goes on",
+    "inspect": "show what a folder holds, and what is wrong with it",
     "cache": "show, cut back or clear the token ids that are kept between runs",
+    "completion": "let the Tab key complete all of this in your shell",
 }
 
 _SMALLER = "Take a smaller --batch-size or a shorter --max-seq-length"
@@ -58,22 +54,28 @@ _LESS_MEMORY = {
     "evaluate": f"{_SMALLER}, or --dtype bfloat16.",
     "export": "Close other programs, or export on a machine with more memory.",
     "report": "Close other programs, or name fewer runs.",
-    "watch": "Close other programs.",
-    "cache": "Close other programs.",
+    **dict.fromkeys(("watch", "inspect", "cache", "completion"), "Close other programs."),
 }
 """What helps each verb to do with less memory."""
 
-_CONFIGS: dict[str, Any] = {
+CONFIGS: dict[str, Any] = {
     "demo": DemoConfig,
     "init": InitConfig,
     "check": CheckConfig,
     "mine": MineConfig,
+    "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "report": ReportConfig,
     "watch": WatchConfig,
+    "inspect": InspectConfig,
     "cache": CacheConfig,
+    "completion": CompletionConfig,
 }
+"""The options of each verb."""
+
+_ALONE = ("inspect", "completion")
+"""Verbs that use none of the libraries that there is something to quieten about, and need not wait for them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,15 +120,15 @@ def _about_memory(error: BaseException, verb: str) -> str:
 def _run(verb: str, arguments: list[str], verbose: bool) -> int:
     _refuse_repeated(arguments)
     # The flags are parsed before PyTorch is imported: help and mistakes in usage come at once.
-    config: Any = _train_config(arguments) if verb == "train" else _parse(_CONFIGS[verb], verb, arguments)
-    with _quiet(verbose):
+    config: Any = parse_train(arguments) if verb == "train" else parse(CONFIGS[verb], verb, arguments)
+    with nullcontext() if verb in _ALONE else _quiet(verbose):
         module = import_module(f"embtune.cli.{verb}")
         exit_code: int = getattr(module, f"run_{verb}")(config)
         return exit_code
 
 
 def _verb(arguments: list[str]) -> str:
-    verbs = "\n".join(f"  {verb:<10}{what}" for verb, what in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<12}{what}" for verb, what in _VERBS.items())
     parser = argparse.ArgumentParser(
         prog="embtune",
         usage="embtune VERB [OPTIONS]",
@@ -150,32 +152,6 @@ def _refuse_repeated(arguments: list[str]) -> None:
     for flag in flags:
         if flags.count(flag) > 1:
             raise ArgumentError(f"{flag} is given twice. Several values stand behind one flag: {flag} A B.")
-
-
-def _parse(config_type: type[Config], verb: str, arguments: list[str], default: Config | None = None) -> Config:
-    wants_help = "--help" in arguments or "-h" in arguments
-    defaults: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
-        config_type,
-        prog=f"embtune {verb}",
-        args=["--help"] if wants_help else arguments,
-        # `--no-…` is for switches that a file turned on; help does without.
-        config=(tyro.conf.FlagCreatePairsOff,) if wants_help else (),
-        **defaults,
-    )
-
-
-def _train_config(arguments: list[str]) -> TrainConfig:
-    if "--help-more" in arguments:
-        _parse(TrainDetails, "train", ["--help"])
-    if "--help" in arguments or "-h" in arguments:
-        _parse(EverydayTrainConfig, "train", ["--help"])
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments = ["--config", *arguments]
-    parser = argparse.ArgumentParser(prog="embtune train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    file = parser.parse_known_args(arguments)[0].config
-    return _parse(TrainConfig, "train", arguments, None if file is None else read_defaults(TrainConfig, file))
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """`embtune mine`: hard negatives for a file of pairs, in a file that trains directly."""
 
 import shlex
+from dataclasses import replace
 
 from rich.console import Console
 
-from embtune.api import FastSentenceTransformer
+from embtune.cli.config_file import read_config
 from embtune.cli.data_config import MineConfig
 from embtune.cli.display import make_console, print_commands, working
+from embtune.cli.places import is_config
 from embtune.data.corpus import read_corpus
-from embtune.data.mining import mine_hard_negatives
 from embtune.data.mining_rules import MiningRules
 from embtune.data.readers import read_dataset
+from embtune.errors import ArgumentError
 from embtune.files import write_json_lines
 
 
@@ -21,6 +23,8 @@ def run_mine(config: MineConfig, console: Console | None = None) -> int:
         EmbtuneError: the data, the model or an option cannot be used; nothing is written then.
     """
     console = console or make_console()
+    if is_config(config.data):
+        config = _in_config(config)
     rules = MiningRules(
         num_negatives=config.num_negatives,
         range_min=config.range_min,
@@ -37,6 +41,11 @@ def run_mine(config: MineConfig, console: Console | None = None) -> int:
     if config.corpus is not None:
         with working(console, f"Reading {config.corpus}"):
             corpus = read_corpus(config.corpus, column=config.corpus_column)
+    # PyTorch comes with these: seconds that a mistake in the data should not cost.
+    from embtune.api import FastSentenceTransformer
+    from embtune.data.mining import mine_hard_negatives
+
+    assert config.model is not None
     with working(console, f"Loading {config.model}"):
         model = FastSentenceTransformer.from_pretrained(
             config.model, max_seq_length=config.max_seq_length, dtype=config.dtype, for_inference=True
@@ -58,3 +67,15 @@ def run_mine(config: MineConfig, console: Console | None = None) -> int:
     train = f"embtune train --model {shlex.quote(config.model)} --data {shlex.quote(str(config.out))}"
     print_commands(console, [("Train with them:", train)])
     return 0
+
+
+def _in_config(config: MineConfig) -> MineConfig:
+    """With the data, its columns and the model that a config of `train` names."""
+    train = read_config(config.data)
+    if len(train.data) > 1:
+        raise ArgumentError(
+            f"{config.data} names the data sets {', '.join(train.data)}; mine for one of them by naming its file."
+        )
+    [(name, source)] = train.data.items()
+    columns = config.columns or train.columns_of(name)
+    return replace(config, data=source, columns=columns, model=config.model or train.model)

@@ -1,23 +1,26 @@
 """The folder of a training run: run.json, results.json, checkpoints, and one entry for each export."""
 
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from rich.console import Console
 
+from embtune.cli.config_file import SETTINGS
 from embtune.cli.places import check_place
 from embtune.errors import ArgumentError
 from embtune.files import read_json, write_json
 from embtune.report.events import EVENTS
-from embtune.train.checkpoints import is_whole, last_whole_checkpoint
+from embtune.train.checkpoint_folders import PREFIX_CHECKPOINT_DIR, is_whole, last_whole_checkpoint
 
-_SETTINGS = "run.json"
 _RESULTS = "results.json"
-_OF_THE_COMMAND = ("resume", "config")  # options that say nothing about the run itself
+# Options that name files: where they are may differ from place to place, and the data's fingerprints say more.
+_PATHS = ("model", "data", "eval_data", "output")
 
 
 @dataclass(frozen=True)
@@ -41,39 +44,39 @@ class RunFolder:
         """Raise unless a run can begin, or go on, in the folder.
 
         Raises:
-            ArgumentError: it cannot be written, or holds another run; or there is nothing to resume.
+            ArgumentError: it cannot be written, or holds another run; or there is no checkpoint to go on from.
         """
         check_place("output", self.path)
-        if resume and not (self.path / _SETTINGS).exists():
-            raise ArgumentError(
-                f"resume: {self.path} holds no run. Name its folder by --output, or leave --resume out."
-            )
         if resume:
-            self._first_options()
             last_whole_checkpoint(self.checkpoints)
         elif self.resumable or (self.path / _RESULTS).exists():
             raise ArgumentError(
-                f"output={self.path} holds an earlier run. Give another folder, or go on with that run by --resume."
+                f"output={self.path} holds an earlier run. Give another folder, or go on with that run by --resume "
+                f"{shlex.quote(str(self.path))}."
             )
+
+    def check_data(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise if the run began with other data.
+
+        Raises:
+            ArgumentError: a data set's rows differ from those of the first start.
+        """
+        before = read_json(self.path / SETTINGS).get("data", {})
+        for name, fingerprint in fingerprints.items():
+            if before.get(name, fingerprint) != fingerprint:
+                raise ArgumentError(
+                    f"resume: the rows of {name!r} are not those that {self.path} began with. Put them back, or start "
+                    "a new run in another folder."
+                )
 
     def changed_options(self, options: Mapping[str, Any]) -> list[str]:
         """Names of the options that differ from those the run began with."""
-        before = self._first_options()
-        return [name for name, value in options.items() if name not in _OF_THE_COMMAND and before.get(name) != value]
-
-    def _first_options(self) -> Mapping[str, Any]:
-        try:
-            options: Mapping[str, Any] = read_json(self.path / _SETTINGS)["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(
-                f"resume: {self.path / _SETTINGS} is not what embtune wrote there ({error}). Start a new run in "
-                "another folder."
-            ) from error
-        return options
+        before = read_json(self.path / SETTINGS)["config"]
+        return [name for name, value in options.items() if name not in _PATHS and before.get(name) != value]
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write run.json, whole or not at all."""
-        self._write(_SETTINGS, settings)
+        self._write(SETTINGS, settings)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json, whole or not at all."""
@@ -83,10 +86,21 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / name, value)
 
+    def say_stopped(self, console: Console) -> None:
+        """Say what a signal has left of the run, and how to go on; on standard error where the console is quiet."""
+        left = f"Nothing was left in {self.path}."
+        if self.resumable:
+            step = last_whole_checkpoint(self.checkpoints).name.rpartition("-")[2]
+            left = f"Saved at step {step}. To go on: embtune train --resume {shlex.quote(str(self.path))}"
+        if console.quiet:
+            print(f"Stopped. {left}", file=sys.stderr)
+        else:
+            console.print(f"\nStopped. {left}", style="yellow", soft_wrap=True)
+
     @contextmanager
     def without_remains(self) -> Iterator[None]:
         """If the block ends before there is a checkpoint or a result, leave nothing of it."""
-        files = [file for name in (_SETTINGS, EVENTS) if not (file := self.path / name).exists()]
+        files = [file for name in (SETTINGS, EVENTS) if not (file := self.path / name).exists()]
         had_folder, had_checkpoints = self.path.exists(), self.checkpoints.exists()
         try:
             yield

@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
 
 from embtune.data.columns import LABEL_ROLES
 from embtune.data.readers import read_dataset
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError, DataError
-from embtune.evaluate.classification import evaluate_classification
-from embtune.evaluate.clustering import evaluate_clustering
-from embtune.evaluate.result import EvaluationResult
-from embtune.evaluate.retrieval import evaluate_retrieval
-from embtune.evaluate.sts import evaluate_sts
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from embtune.evaluate.result import EvaluationResult
 
 _READS = {
     "retrieval": "pairs (anchor, positive)",
@@ -69,7 +69,7 @@ class EvaluationTask:
         path = Path(source).expanduser()
         if path.is_dir():
             if columns:
-                raise ArgumentError(f"columns={dict(columns)}: {source} is a BEIR folder, whose keys are fixed.")
+                raise ArgumentError(f"columns: {source} is a BEIR folder, whose keys are fixed; leave columns out.")
             if task not in ("auto", "retrieval"):
                 raise ArgumentError(f"task={task}: {source} is a BEIR folder, which holds queries and documents.")
             found = cls(path.resolve().name, RetrievalData.from_beir(path, split or "test"))
@@ -105,7 +105,7 @@ class EvaluationTask:
         if self.items < 2:
             raise DataError(f"{self.name} holds one item to score; comparing two models needs two at least. Add some.")
 
-    def run(self, model: SentenceTransformer) -> EvaluationResult:
+    def run(self, model: "SentenceTransformer") -> "EvaluationResult":
         """Measure `model`.
 
         Raises:
@@ -116,7 +116,13 @@ class EvaluationTask:
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from error
 
-    def _run(self, model: SentenceTransformer) -> EvaluationResult:
+    def _run(self, model: "SentenceTransformer") -> "EvaluationResult":
+        # Imported here, so that data can be read and refused before PyTorch is there.
+        from embtune.evaluate.classification import evaluate_classification
+        from embtune.evaluate.clustering import evaluate_clustering
+        from embtune.evaluate.retrieval import evaluate_retrieval
+        from embtune.evaluate.sts import evaluate_sts
+
         if isinstance(self.data, RetrievalData):
             return evaluate_retrieval(model, self.data, k=self.k, batch_size=self.batch_size)
         if self.kind == "sts":

@@ -10,8 +10,8 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import PrinterCallback
 
-from embtune.cli.display import TrainingProgress
 from embtune.cli.pacing import TimeBudget
+from embtune.cli.progress import TrainingProgress
 from embtune.losses import MultipleNegativesRankingLoss  # type: ignore[attr-defined]
 from embtune.report.callback import EventCallback, StepTimer
 from embtune.report.events import EventLog

@@ -5,20 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from sentence_transformers.sentence_transformer.losses import (
-    AdaptiveLayerLoss,
-    BatchAllTripletLoss,
-    BatchHardTripletLoss,
-    BatchSemiHardTripletLoss,
-    CachedGISTEmbedLoss,
-    CachedMultipleNegativesRankingLoss,
-    ContrastiveTensionLossInBatchNegatives,
-    GISTEmbedLoss,
-    MatryoshkaLoss,
-    MegaBatchMarginLoss,
-    MultipleNegativesRankingLoss,
-)
-from torch import nn
 
 from embtune.data.columns import LABEL_ROLES, ColumnRoles, canonical
 from embtune.data.retrieval import RetrievalData
@@ -27,15 +13,6 @@ from embtune.data.tables import check_cells
 from embtune.errors import DataError, EmbtuneWarning
 
 _EXAMPLES = 3
-_CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
-_PAIRS_IN_BATCH = (
-    MultipleNegativesRankingLoss,
-    GISTEmbedLoss,
-    MegaBatchMarginLoss,
-    ContrastiveTensionLossInBatchNegatives,
-)
-# They make triplets of a batch's classes; BatchHardSoftMarginTripletLoss is a BatchHardTripletLoss.
-_CLASSES_IN_BATCH = (BatchAllTripletLoss, BatchHardTripletLoss, BatchSemiHardTripletLoss)
 
 Rows: TypeAlias = Dataset | Mapping[str, Dataset | IterableDataset]
 """One data set, or several by name."""
@@ -66,47 +43,19 @@ def check_training_data(
     findings = [finding for of, part in parts.items() for finding in _within(part, f"training rows{of}")]
     if evaluation is not None:
         findings += _leaks(parts.values(), evaluation)
-    found = [finding for finding in findings if finding]
+    return _warned(finding for finding in findings if finding)
+
+
+def check_overlap(train: Rows, evaluation: Rows | RetrievalData) -> list[str]:
+    """The part of `check_training_data` that looks for evaluation texts in training data, warnings included."""
+    return _warned(_leaks(_by_suffix(train).values(), evaluation))
+
+
+def _warned(findings: Iterable[str]) -> list[str]:
+    found = list(findings)
     for finding in found:
-        warnings.warn(finding, EmbtuneWarning, stacklevel=2)
+        warnings.warn(finding, EmbtuneWarning, stacklevel=3)
     return found
-
-
-def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | Mapping[str, nn.Module]) -> None:
-    """Warn that gradient accumulation gives a loss with in-batch negatives no more negatives."""
-    if gradient_accumulation_steps <= 1:
-        return
-    for each in loss.values() if isinstance(loss, Mapping) else [loss]:
-        innermost = _unwrap(each)
-        remedy = _remedy(innermost)
-        if remedy is None:
-            continue
-        warnings.warn(
-            f"gradient_accumulation_steps={gradient_accumulation_steps} does not enlarge the batch from which "
-            f"{type(innermost).__name__} takes its negatives: each part is contrasted within itself only. {remedy}",
-            EmbtuneWarning,
-            stacklevel=2,
-        )
-
-
-def _remedy(loss: nn.Module) -> str | None:
-    """How to get a larger batch, for losses that take negatives from it; None for all others."""
-    if isinstance(loss, _CACHED):
-        return "Raise per_device_train_batch_size instead: mini_batch_size already bounds the memory."
-    if isinstance(loss, _PAIRS_IN_BATCH):
-        return (
-            "For a larger batch in the same memory use CachedMultipleNegativesRankingLoss with a large "
-            "per_device_train_batch_size and a small mini_batch_size."
-        )
-    if isinstance(loss, _CLASSES_IN_BATCH):
-        return "Raise per_device_train_batch_size instead; gradient checkpointing makes room for it."
-    return None
-
-
-def _unwrap(loss: nn.Module) -> nn.Module:
-    while isinstance(loss, MatryoshkaLoss | AdaptiveLayerLoss):
-        loss = loss.loss
-    return loss
 
 
 def _check_size(train: Rows, batch_size: int) -> None:

@@ -11,6 +11,7 @@
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -132,7 +133,7 @@ class ColumnRoles:
         for missing in sorted(_NEEDED.get(layouts.pop(), set()) - set(texts)):
             raise DataError(
                 f"{self.source}: no column has the role {missing!r}, which {_quoted(texts)} needs; columns: "
-                f"{_quoted(self.columns)}. Rename or map one, as in columns={{'its_name': {missing!r}, …}}. "
+                f"{_quoted(self.columns)}. Rename it, or say which it is: {as_option({'its_name': missing})}. "
                 "A data set of single texts names its column 'text'."
             )
 
@@ -178,16 +179,22 @@ def _by_name(names: list[str], source: str) -> dict[str, str]:
 
 def _by_mapping(names: list[str], mapping: Mapping[str, str], source: str) -> dict[str, str]:
     if not mapping:
-        raise ArgumentError(f"columns={{}} chooses no column of {_quoted(names)}; leave it out, or name roles.")
+        raise ArgumentError(f"columns is empty: it chooses no column of {_quoted(names)}. Leave it out, or name roles.")
     for name, role in mapping.items():
         if not (role in _FIXED_ORDER or _ROLE.fullmatch(role)):
-            raise ArgumentError(f"columns={{{name!r}: {role!r}}}: there is no role {role!r}. The roles: {_ROLE_NAMES}.")
+            raise ArgumentError(f"columns: {name}={role}: there is no role {role!r}. The roles: {_ROLE_NAMES}.")
         if name not in names:
             raise DataError(
-                f"{source}: columns={{{name!r}: {role!r}}} names a column that is not there; "
-                f"columns: {_quoted(names)}. Use one of these names, spelt exactly so."
+                f"{source}: columns: {name}={role} names a column that is not there; "
+                f"there are {_quoted(names)}. Use one of these names, spelt exactly so."
             )
     return dict(mapping)
+
+
+def as_option(mapping: Mapping[str, str]) -> str:
+    """A mapping of columns to roles as messages show it: for the command line, and said to be a mapping elsewhere."""
+    pairs = " ".join(shlex.quote(f"{name}={role}") for name, role in mapping.items())
+    return f"--columns {pairs} (in Python and in config files, columns is a mapping)"
 
 
 def _layout(role: str) -> str:
@@ -217,4 +224,4 @@ def _example(names: Iterable[str]) -> str:
     others = [name for name in names if name not in example and role_of(name) not in LABEL_ROLES]
     missing = [role for role in ("anchor", "positive") if role not in example.values()]
     example |= dict(zip(others, missing, strict=False))
-    return f"columns={dict(sorted(example.items(), key=lambda item: item[1]))!r}"
+    return as_option(dict(sorted(example.items(), key=lambda item: item[1])))

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,13 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from embtune.data.columns import ColumnRoles, canonical, role_of
+from embtune.data.columns import ColumnRoles, as_option, canonical, role_of
 from embtune.data.lines import decoded_lines, json_list, json_objects, reading
 from embtune.data.rows import collect
 from embtune.data.tables import check_cells, to_dataset
 from embtune.data.values import parse_number
 from embtune.errors import DataError
 
+SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may stand between the cells of a delimited file, and how messages call it."""
+
+_USUAL_SEPARATOR = {".csv": ",", ".tsv": "\t"}
+_LOOKED_AT = 20  # records, to recognise the separator
 _ROWS = 1_000  # of a Parquet file, held at a time
 
 
@@ -32,13 +38,13 @@ def read_json(path: Path, mapping: Mapping[str, str] | None = None, limit: int |
 
 
 def read_csv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
-    """Read comma-separated values with a header, quoted as spreadsheets do."""
-    return _read_delimited(path, ",", mapping, limit)
+    """Read comma-separated values with a header, quoted as spreadsheets do; semicolons and tabs are recognised."""
+    return _read_delimited(path, mapping, limit)
 
 
 def read_tsv(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
-    """Read tab-separated values with a header, quoted as spreadsheets do."""
-    return _read_delimited(path, "\t", mapping, limit)
+    """Read tab-separated values with a header, quoted as spreadsheets do; commas and semicolons are recognised."""
+    return _read_delimited(path, mapping, limit)
 
 
 def read_parquet(path: Path, mapping: Mapping[str, str] | None = None, limit: int | None = None) -> Dataset:
@@ -80,21 +86,46 @@ def _no_parquet(path: Path, error: pa.ArrowException) -> DataError:
     return DataError(f"{path} is no whole Parquet file: {reason}. Write it again, or give JSONL or CSV.")
 
 
-def _read_delimited(path: Path, delimiter: str, mapping: Mapping[str, str] | None, limit: int | None) -> Dataset:
-    rows = _delimited_rows(path, delimiter, partial(_check_roles, delimiter, mapping))
+def separator_of(path: Path) -> str:
+    """The character between the cells of a .csv or .tsv file with a header: a comma, a semicolon or a tab.
+
+    It is the one that the ending promises if the header has it and the rows agree; else another of which both is true.
+    """
+    usual = _USUAL_SEPARATOR[path.suffix.lower()]
+    found = {}
+    for separator in sorted(SEPARATORS, key=lambda each: each != usual):
+        widths = _widths(path, separator)
+        if widths and widths[0] > 1:
+            found[separator] = len(set(widths)) == 1
+    agreeing = [separator for separator, agrees in found.items() if agrees]
+    return next(iter([*agreeing, *found]), usual)
+
+
+def _widths(path: Path, separator: str) -> list[int]:
+    """How many cells each of the first records has; those from a broken one on are left out."""
+    widths = []
+    with suppress(csv.Error):
+        lines = (text for _, text in decoded_lines(path))
+        for cells in islice(filter(None, csv.reader(lines, delimiter=separator, strict=True)), _LOOKED_AT):
+            widths.append(len(cells))  # noqa: PERF401 (what came before an error counts)
+    return widths
+
+
+def _read_delimited(path: Path, mapping: Mapping[str, str] | None, limit: int | None) -> Dataset:
+    rows = _delimited_rows(path, partial(_check_roles, mapping))
     return collect(path, islice(rows, limit), mapping, parse_number)
 
 
 def _delimited_rows(
-    path: Path, delimiter: str, check: Callable[[str, list[str]], None] | None = None
+    path: Path, check: Callable[[str, list[str]], None] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (first line, row) behind the header, which `check` may refuse; blank lines are skipped."""
-    records = _records(path, delimiter)
+    records = _records(path, separator_of(path))
     line, header = next(records, (1, []))
     if not header:
         return
     where = f"{path}, line {line}"
-    _check_header(where, header, delimiter)
+    _check_header(where, header)
     if check is not None:
         check(where, header)
     for line, cells in records:
@@ -121,28 +152,20 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _check_header(where: str, header: list[str], delimiter: str) -> None:
+def _check_header(where: str, header: list[str]) -> None:
     for number, name in enumerate(header, 1):
         if not name.strip():
             raise DataError(f"{where}: column {number} of the header has no name. Name every column.")
         if header.count(name) > 1:
             raise DataError(f"{where}: the header names column {name!r} twice. Rename or remove one.")
-    others = {",": "commas", ";": "semicolons", "\t": "tabs"}
-    del others[delimiter]
-    for other, word in others.items():
-        if len(header) == 1 and other in header[0]:
-            raise DataError(
-                f"{where}: the header {header[0]!r} seems to be separated by {word}. Separate a .csv by commas "
-                "and a .tsv by tabs."
-            )
 
 
-def _check_roles(delimiter: str, mapping: Mapping[str, str] | None, where: str, header: list[str]) -> None:
+def _check_roles(mapping: Mapping[str, str] | None, where: str, header: list[str]) -> None:
     if mapping is None and not any(map(role_of, header)):
+        roles = zip(header, ("anchor", "positive"), strict=False)
         raise DataError(
             f"{where}: no column name is known in {header!r}. If this is a row and the header is missing, put one such "
-            f"as anchor{delimiter}positive above it; if it is the header, say what the columns are: "
-            f"columns={{{header[0]!r}: 'anchor', …}}."
+            f"as anchor,positive above it; if it is the header, say what the columns are: {as_option(dict(roles))}."
         )
     ColumnRoles.from_names(header, mapping, where)  # so that its messages name the header's line
 
@@ -161,8 +184,8 @@ RAW_ROWS: Mapping[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] =
     ".jsonl": json_objects,
     ".ndjson": json_objects,
     ".json": json_list,
-    ".csv": partial(_delimited_rows, delimiter=","),
-    ".tsv": partial(_delimited_rows, delimiter="\t"),
+    ".csv": _delimited_rows,
+    ".tsv": _delimited_rows,
     ".parquet": _parquet_rows,
 }
 """The same endings, to the function that yields (number, row) of a file as it is: cells and names unchecked."""

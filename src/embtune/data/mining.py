@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from embtune.data.columns import ColumnRoles, canonical
+from embtune.data.columns import ColumnRoles, as_option, canonical
 from embtune.data.mining_rules import NEAR_DUPLICATE, MiningRules
 from embtune.data.near_duplicates import jaccard, word_set
 from embtune.data.ranking import rank_documents
@@ -120,7 +120,7 @@ def _checked(pairs: Dataset) -> Dataset:
     if roles != ("anchor", "positive"):
         raise DataError(
             f"Negatives are mined for the columns anchor and positive alone, not {', '.join(roles)}. Choose two "
-            "columns with columns={'its_name': 'anchor', 'another': 'positive'}."
+            f"columns: {as_option({'its_name': 'anchor', 'another': 'positive'})}."
         )
     return canonical(pairs)
 

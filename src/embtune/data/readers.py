@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
 from embtune.data.columns import ColumnRoles, canonical
-from embtune.data.formats import RAW_ROWS, READERS
+from embtune.data.formats import RAW_ROWS, READERS, SEPARATORS, separator_of
 from embtune.data.lines import reading
 from embtune.data.tables import check_cells
 from embtune.data.values import parse_number
@@ -83,6 +83,8 @@ class RawRows:
     """Number and row; iterated once."""
     parse_label: Callable[[Any], Any] | None = None
     """Makes a number of a label's cell, where all cells are texts."""
+    separator: str | None = None
+    """What stands between the cells of a delimited file: `commas`, `semicolons` or `tabs`."""
 
 
 def read_raw(source: str | Path, *, split: str = "train") -> RawRows:
@@ -101,8 +103,10 @@ def read_raw(source: str | Path, *, split: str = "train") -> RawRows:
         return RawRows(Path(place[0]), "row", enumerate(dataset.with_format(None), 1))
     _refuse_split(split, "a file")
     ending = place.suffix.lower()
-    parse_label = parse_number if ending in (".csv", ".tsv") else None
-    return RawRows(place, "row" if ending == ".parquet" else "line", RAW_ROWS[ending](place), parse_label)
+    rows = RAW_ROWS[ending](place)
+    if ending in (".csv", ".tsv"):
+        return RawRows(place, "line", rows, parse_number, SEPARATORS[separator_of(place)])
+    return RawRows(place, "row" if ending == ".parquet" else "line", rows)
 
 
 def _locate(source: str | Path) -> Path | re.Match[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from embtune.data.columns import ColumnRoles
+from embtune.data.columns import ColumnRoles, as_option, role_of
 from embtune.data.tables import to_dataset
 from embtune.data.values import explain_form, explain_label, explain_text, form, is_label, is_text
 from embtune.errors import DataError
@@ -91,7 +91,7 @@ def _check_keys(where: str, row: dict[str, Any], expected: tuple[str, ...], *, e
         extra = next(name for name in row if name not in expected)
         raise DataError(
             f"{where}: column {extra!r} is extra; the rows before lack it. Give every row the same columns, or choose "
-            f"columns with columns={{{expected[0]!r}: …}}."
+            f"some: {as_option({name: role_of(name) or name for name in expected})}."
         )
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from embtune.data.columns import as_option
+
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -63,7 +65,7 @@ def explain_label(value: Any, text_columns: Mapping[str, str]) -> str:
         return "is empty where a number belongs. Give it a number or remove the row."
     return (
         f"is {value!r} where a finite number belongs. Number the classes 0, 1, 2, …, or, if the loss needs no label, "
-        f"leave the column out: columns={dict(text_columns)!r}."
+        f"leave the column out: {as_option(text_columns)}."
     )
 
 

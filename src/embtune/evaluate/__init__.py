@@ -4,6 +4,7 @@ from embtune.evaluate.bootstrap import Difference, paired_bootstrap
 from embtune.evaluate.classification import ClassificationResult, evaluate_classification
 from embtune.evaluate.clustering import ClusteringResult, evaluate_clustering
 from embtune.evaluate.compare import Comparison, ItemChange, compare
+from embtune.evaluate.mteb_tasks import MtebScore, evaluate_mteb, mteb_tasks
 from embtune.evaluate.retrieval import Hit, RetrievalResult, evaluate_retrieval
 from embtune.evaluate.sts import StsResult, evaluate_sts
 
@@ -14,12 +15,15 @@ __all__ = [
     "Difference",
     "Hit",
     "ItemChange",
+    "MtebScore",
     "RetrievalResult",
     "StsResult",
     "compare",
     "evaluate_classification",
     "evaluate_clustering",
+    "evaluate_mteb",
     "evaluate_retrieval",
     "evaluate_sts",
+    "mteb_tasks",
     "paired_bootstrap",
 ]

@@ -129,6 +129,23 @@ def bootstrap(
     }
 
 
+def intervals(
+    statistics: Mapping[str, Statistic], items: int, *, samples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """The percentile interval of each metric of one model; two items at least are needed for any.
+
+    Whether one model is better than another is told by the interval of their *difference* (`bootstrap`), which is
+    narrower: both have the same items.
+    """
+    if items < 2:
+        return {}
+    drawn: dict[str, list[np.ndarray]] = {metric: [] for metric in statistics}
+    for counts_SN in draws(items, samples, seed):
+        for metric, statistic in statistics.items():
+            drawn[metric].append(statistic(counts_SN))
+    return {metric: _ends(np.concatenate(blocks), confidence) for metric, blocks in drawn.items()}
+
+
 def draws(items: int, samples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield `samples` draws of `items` items with replacement, as blocks counts_SN."""
     generator = np.random.default_rng(seed)
@@ -144,13 +161,18 @@ def mean_statistic(scores_N: np.ndarray) -> Statistic:
     return lambda counts_SN: counts_SN @ scores_N / len(scores_N)
 
 
-def _difference(before: float, after: float, drawn_S: np.ndarray, items: int, confidence: float) -> Difference:
+def _ends(drawn_S: np.ndarray, confidence: float) -> tuple[float, float]:
     low, high = np.quantile(drawn_S, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _difference(before: float, after: float, drawn_S: np.ndarray, items: int, confidence: float) -> Difference:
+    low, high = _ends(drawn_S, confidence)
     samples = len(drawn_S)
     # One is added on both sides of the fraction: a p-value of exactly 0 would claim more than `samples` draws can show.
     smaller = min(np.count_nonzero(drawn_S <= 0), np.count_nonzero(drawn_S >= 0))
     p_value = min(1.0, 2 * (smaller + 1) / (samples + 1))
-    return Difference(before, after, after - before, float(low), float(high), p_value, confidence, items, samples)
+    return Difference(before, after, after - before, low, high, p_value, confidence, items, samples)
 
 
 def _scores(name: str, scores: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from embtune.evaluate.bootstrap import Statistic
+from embtune.evaluate.bootstrap import Statistic, intervals
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,10 @@ class EvaluationResult(ABC):
     def item_texts(self) -> list[str]:
         """The items' texts, for people."""
         raise NotImplementedError(f"{self.kind} has no score per item")
+
+    def intervals(self, **settings: Any) -> dict[str, tuple[float, float]]:
+        """Metric -> bootstrap interval over the items; `settings` are those of `bootstrap.intervals`."""
+        return intervals(self.statistics(), self.items, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Kind, number of items and metrics, ready for JSON."""

@@ -5,6 +5,7 @@ in data, losses and logs. What it cannot know (adapter, dtype, engine, the compa
 into the same object here, so every later save carries it and nothing has to be written beside the card.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from embtune.errors import ArgumentError
 from embtune.evaluate.compare import Comparison
 
 LIBRARY_TAG = "embtune"
+_NO_ID = "sentence_transformers_model_id"  # stands in sentence-transformers' card where a model is not on the Hub
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,26 @@ def add_section(folder: str | Path, title: str, text: str) -> None:
     section = f"## {title}\n\n{text.strip()}\n\n"
     head, mark, tail = card.partition("\n## Training Details\n")
     path.write_text(f"{head.rstrip()}\n\n{section}{mark.lstrip()}{tail}".rstrip() + "\n", encoding="utf-8")
+
+
+def settle_card(folder: str | Path, name: str, classes: Mapping[type, type]) -> None:
+    """Let the code and the classes in `folder`/README.md be right where the folder is not on the Hub; or do nothing.
+
+    Args:
+        name: what the folder will be called.
+        classes: class of this process -> the class of plain libraries that readers of the folder get.
+    """
+    path = Path(folder) / "README.md"
+    if not path.exists():
+        return
+    card = path.read_text(encoding="utf-8")
+    for ours, plain in classes.items():
+        card = re.sub(rf"^(# |[( 0-9):]*){ours.__name__}(?=\(|$)", rf"\g<1>{plain.__name__}", card, flags=re.MULTILINE)
+        card = card.replace(f"'architecture': '{ours.__name__}'", f"'architecture': '{plain.__name__}'")
+    if _NO_ID in card:
+        card = card.replace(f'"{_NO_ID}"', f'"{name}"')
+        card = card.replace("# Download from the 🤗 Hub", "# Load it from its folder")
+    path.write_text(card, encoding="utf-8")
 
 
 def _check_hub_id(name: str) -> None:

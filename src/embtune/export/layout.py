@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from embtune.adapt.merge import bare_model
 from embtune.files import read_json, write_json
-from embtune.models.load import position_limit
+from embtune.models.families import position_limit
 from embtune.models.modules import saved_modules
 
 # Names under `sentence_transformers.models`, importable in every release so far; 6.x maps them to the new places.

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from embtune.adapt.folders import earlier_model, refuse_contradictions
+from embtune.adapt.folders import WRAPPER_TRACES, earlier_model, refuse_contradictions
 from embtune.adapt.merge import MergedTensor, bare_model, merged_tensors
 from embtune.errors import ExportError
+from embtune.export.card import settle_card
 from embtune.export.layout import make_compatible
 from embtune.export.parity import embedding_parity
 from embtune.files import atomic_folder, read_json, write_json
@@ -43,9 +44,6 @@ _SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-# Traces of wrappers in a tensor's name: a reader would not find the tensor, and start from random weights.
-_WRAPPERS = ("base_model.", ".base_layer.", ".lora_", "_orig_mod.", ".modules_to_save.", ".original_module.")
 
 
 def save_merged(
@@ -80,7 +78,8 @@ def save_merged(
     with atomic_folder(target, earlier_model) as staging:
         with _saving_merged(model, chosen):
             SentenceTransformer.save(model, str(staging))
-        _name_bare_classes(staging / "README.md", model)
+        classes = {type(part.model): type(bare_model(part.model)) for part in transformer_modules(model)}
+        settle_card(staging, target.name, {type(model): SentenceTransformer, **classes})
         make_compatible(staging, model)
         if verify:
             embedding_parity(model, staging, minimum=_required_cosine(model, staging))
@@ -118,6 +117,7 @@ def save_compatible(
     refuse_contradictions(target, adapter=bool(adapted), whole=len(adapted) < max(len(transformers), 1))
     with atomic_folder(target, earlier_model) as staging:
         SentenceTransformer.save(model, str(staging), **card_options)
+        settle_card(staging, target.name, {type(model): SentenceTransformer})
         make_compatible(staging, model)
         if verify and not adapted:
             embedding_parity(model, staging, minimum=_required_cosine(model, staging))
@@ -154,16 +154,6 @@ def _required_cosine(model: SentenceTransformer, folder: Path) -> float:
     # Eight bits of mantissa: MiniLM's six layers came to 0.99994 at worst, and error grows with depth.
     dtypes = {read_json(path).get("dtype") for path in folder.rglob("config.json")}
     return 0.999 if "bfloat16" in dtypes else 0.9999
-
-
-def _name_bare_classes(card: Path, model: SentenceTransformer) -> None:
-    """In the printed architecture of the model card, name the merged model's class rather than PEFT's wrapper."""
-    if not card.exists():
-        return
-    text = card.read_text(encoding="utf-8")
-    for transformer in transformer_modules(model):
-        text = text.replace(type(transformer.model).__name__, type(bare_model(transformer.model)).__name__)
-    card.write_text(text, encoding="utf-8")
 
 
 def write_backbone(backbone: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -266,7 +256,7 @@ def _write_safetensors(path: Path, pieces: Sequence[_Piece]) -> None:
     offset = 0
     for piece in pieces:
         for name, tensor in piece.written.items():
-            if any(trace in name for trace in _WRAPPERS):
+            if any(trace in name for trace in WRAPPER_TRACES):
                 raise AssertionError(f"{name} would be saved under the name of a wrapper")
             header[name] = {
                 "dtype": _SAFETENSORS_DTYPES[tensor.dtype],

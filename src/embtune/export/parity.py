@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from embtune.errors import ExportError
+from embtune.models.load_reports import without_pooler_reports
 
 PARITY_TEXTS = (
     "cat",
@@ -111,7 +112,7 @@ def embedding_parity(
 def _reload(folder: str | Path, model: SentenceTransformer) -> SentenceTransformer:
     # On the CPU: the accelerator's memory belongs to the training that goes on.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), without_pooler_reports():
         return SentenceTransformer(
             str(folder),
             device="cpu",

@@ -17,6 +17,7 @@ from embtune.export.layout import make_compatible
 from embtune.export.merged import save_merged
 from embtune.export.parity import Parity, embedding_parity
 from embtune.files import atomic_folder
+from embtune.models.load_reports import without_pooler_reports
 from embtune.models.modules import transformer_modules
 from embtune.runtime import package_version, require
 
@@ -112,7 +113,7 @@ def _load_quantised(folder: Path, model: SentenceTransformer, scheme: str) -> Se
 
     config: Any = Int8WeightOnlyConfig() if scheme == "int8_weight_only" else Int8DynamicActivationInt8WeightConfig()
     # Loading must not shift the random numbers of a training that goes on.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_pooler_reports():
         quantised = SentenceTransformer(
             str(folder),
             device="cpu",

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from embtune import runtime
 from embtune.errors import ArgumentError, EmbtuneWarning
-from embtune.models.load import position_limit
+from embtune.models.families import position_limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,23 +3,27 @@
 import warnings
 from dataclasses import dataclass
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import PretrainedConfig
 
 from embtune.errors import ArgumentError, EmbtuneWarning
-from embtune.models.families import Family, family_of, unwrapped
+from embtune.models.families import (
+    CONVOLUTION,
+    LENGTH_DEPENDENT,
+    Family,
+    family_of,
+    packing_obstacle,
+    unwrapped,
+)
 from embtune.models.modules import transformer_modules
 from embtune.models.swaps import has_swaps, swap_attention, undo_swaps
 from embtune.packing import attention
+from embtune.packing.layout import RowAttention
 
 ENGINES = ("auto", "packed", "reference")
-
-# Rotary embeddings that change, for every text of a batch, once the longest one passes a limit.
-_LENGTH_DEPENDENT = {"dynamic", "longrope"}
-_ROPE = "its rotary embeddings depend on the longest text of a batch"
-_CONVOLUTION = "its convolution reads across texts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,12 @@ class Engine:
     """1 for models that multiply embeddings by their mask."""
     flash: bool = False
     """Whether the attention is one that variable-length FlashAttention computes, where device and dtype allow it."""
+    tiles: bool = False
+    """Whether it is one that `row_attention` computes."""
+
+    def attention(self, device: torch.device, dtype: torch.dtype, longest: int) -> RowAttention:
+        """What computes the attention of a row whose texts are at most `longest` tokens long."""
+        return attention.row_attention_for(device, dtype, longest, tiles=self.tiles, flash=self.flash)
 
     def packs(self, backbone: nn.Module) -> bool:
         """Whether batches become flat rows: not once somebody has given the backbone another attention again."""
@@ -72,7 +82,7 @@ def choose_engine(requested: str, model: SentenceTransformer, attn_implementatio
     if obstacle is None and requested == "auto":
         obstacle = _slower(model)
     if obstacle is not None:
-        if obstacle in (_ROPE, _CONVOLUTION):
+        if obstacle in (LENGTH_DEPENDENT, CONVOLUTION):
             # Others of its architecture are packed, so nobody would expect it.
             warnings.warn(f"This model is computed in padded batches: {obstacle}.", EmbtuneWarning, stacklevel=3)
         return Engine(name="reference", reason=f"padded batches, because {obstacle}")
@@ -95,14 +105,9 @@ def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> st
         return "it does not begin with a single Transformer module"
     if attn_implementation is not None:
         return f"attn_implementation={attn_implementation!r} was asked for"
-    config = model[0].config
-    family = family_of(config)
-    if family is None or family.packing is None:
-        return f"{config.model_type} is not among the architectures proven on packed rows"
-    if _rope_types(config) & _LENGTH_DEPENDENT:
-        return _ROPE
-    if getattr(config, "conv_kernel_size", 0):
-        return _CONVOLUTION
+    obstacle = packing_obstacle(model[0].config)
+    if obstacle is not None:
+        return obstacle
     if set(model[0].modality_config) != {"text"} or model[0].modality_config["text"]["method"] != "forward":
         return "it takes more than plain text"
     return None
@@ -111,17 +116,13 @@ def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> st
 def _slower(model: SentenceTransformer) -> str | None:
     """Where packing would be right but was measured to be slower, or None."""
     family = family_of(model[0].config)
-    if model.device.type == "cuda" and family is not None and family.packing == "swap":
+    if model.device.type != "cuda" or family is None or family.packing != "swap":
+        return None
+    tiles = family.bias_by_distance
+    if attention.row_attention_for(model.device, model.dtype, 0, tiles=tiles, flash=False) == "groups":
         # MPNet-base, 128 pairs: 1,410 ms a step in groups against 394 ms padded (benchmarks/results/train_gpu.jsonl).
         return f'on a GPU {family.model_type} is faster so; engine="packed" takes a third of the memory'
     return None
-
-
-def _rope_types(config: PretrainedConfig) -> set[str]:
-    """The types of the rotary embeddings: of all layers, or of each kind of layer (Gemma 3, ModernBERT)."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
-    return {kind.get("rope_type", "default") for kind in kinds}
 
 
 def _switch_to_packed(transformer: Transformer) -> Engine:
@@ -133,12 +134,14 @@ def _switch_to_packed(transformer: Transformer) -> Engine:
     else:
         attention.register()
         backbone.set_attn_implementation(attention.ATTENTION)
+    small_heads = _largest_head(backbone.config) <= attention.FLASH_HEAD_DIM
     return Engine(
         name="packed",
         reason="one flat row of real tokens, no padding",
         padding_id=_padding_id(backbone, family),
         mask_value=family.mask_value,
-        flash=family.packing == "interface" and _largest_head(backbone.config) <= attention.FLASH_HEAD_DIM,
+        flash=family.packing == "interface" and small_heads,
+        tiles=(family.packing == "interface" or family.bias_by_distance) and small_heads,
     )
 
 

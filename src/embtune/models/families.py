@@ -5,11 +5,19 @@ An architecture without a row still loads and trains on the reference engine, wi
 """
 
 from dataclasses import dataclass
-
-from torch import nn
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from embtune.errors import ModelError
+
+if TYPE_CHECKING:  # whoever asks the table alone, such as `embtune inspect`, does not wait for PyTorch
+    from torch import nn
+    from transformers import PretrainedConfig
+
+LENGTH_DEPENDENT = "its rotary embeddings depend on the longest text of a batch"
+CONVOLUTION = "its convolution reads across texts"
+
+# Rotary embeddings that change, for every text of a batch, once the longest one passes a limit.
+_LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,8 @@ class Family:
     """Whether positions count from padding index + 1 (RoBERTa, MPNet): the first ones are then never used."""
     packing: str | None = "interface"
     """How the packed engine reaches attention: transformers' `interface`, a `swap` on the instance; None: unproven."""
+    bias_by_distance: bool = False
+    """Whether a bias is added to the scores that depends on the distance of query and key alone."""
     mask_value: float = 0
     """1 where the model multiplies embeddings by their mask, which a packed row must leave as they are."""
 
@@ -68,6 +78,7 @@ FAMILIES: dict[str, Family] = {
         checkpointing="swap",
         positions_after_padding=True,
         packing="swap",
+        bias_by_distance=True,
     ),
     **_family(
         "distilbert",
@@ -101,6 +112,7 @@ FAMILIES: dict[str, Family] = {
         layers="encoder.block",
         lora_targets=("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
         packing="swap",
+        bias_by_distance=True,
     ),
     **_family("nomic_bert", layers="layers", lora_targets=_DECODER_TARGETS, joined_matrices=True),
     **_family("gte", layers="layers", lora_targets=_DECODER_TARGETS, pooling="cls", joined_matrices=True),
@@ -122,12 +134,43 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: PretrainedConfig) -> Family | None:
+def family_of(config: "PretrainedConfig") -> Family | None:
     """The table's row for this config, or None for an architecture that has none."""
     return FAMILIES.get(config.model_type)
 
 
-def encoder_layers(backbone: nn.Module) -> list[nn.Module]:
+def packing_obstacle(config: "PretrainedConfig") -> str | None:
+    """What in an encoder's config keeps it from packed rows, or None."""
+    family = family_of(config)
+    if family is None or family.packing is None:
+        return f"{config.model_type} is not among the architectures proven on packed rows"
+    if _rope_types(config) & _LENGTH_DEPENDENT_ROPES:
+        return LENGTH_DEPENDENT
+    if getattr(config, "conv_kernel_size", 0):
+        return CONVOLUTION
+    return None
+
+
+def _rope_types(config: "PretrainedConfig") -> set[str]:
+    """The types of the rotary embeddings: of all layers, or of each kind of layer (Gemma 3, ModernBERT)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    return {kind.get("rope_type", "default") for kind in kinds}
+
+
+def position_limit(config: "PretrainedConfig") -> int | None:
+    """The longest text in tokens that the model's positions allow, or None where they set no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    family = family_of(config)
+    if family is None or not family.positions_after_padding:
+        return positions
+    # MPNet's module fixes its padding index at 1, whatever the config says.
+    return positions - 2 if config.model_type == "mpnet" else positions - config.pad_token_id - 1
+
+
+def encoder_layers(backbone: "nn.Module") -> list["nn.Module"]:
     """The repeated layers of a backbone (a transformers model, PEFT-wrapped or not), first to last.
 
     Without a row, the longest `nn.ModuleList` of the module tree is taken.
@@ -135,6 +178,8 @@ def encoder_layers(backbone: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: the model has no list of layers.
     """
+    from torch import nn
+
     bare = unwrapped(backbone)
     family = family_of(bare.config)
     if family is not None:
@@ -145,7 +190,7 @@ def encoder_layers(backbone: nn.Module) -> list[nn.Module]:
     return max(lists, key=len)
 
 
-def unwrapped(backbone: nn.Module) -> nn.Module:
+def unwrapped(backbone: "nn.Module") -> "nn.Module":
     """The transformers model inside a PEFT wrapper, or the model itself."""
     get_base_model = getattr(backbone, "get_base_model", None)
     return get_base_model() if get_base_model is not None else backbone

@@ -32,6 +32,7 @@ from embtune.errors import ArgumentError, EmbtuneError, ModelError
 from embtune.files import read_json
 from embtune.models.families import family_of, unwrapped
 from embtune.models.heads import keep_heads_in_float32
+from embtune.models.load_reports import without_pooler_reports
 from embtune.models.modules import pooling_modules, transformer_modules
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -168,7 +169,7 @@ def load_sentence_transformer(
     Raises:
         ModelError: nothing loadable is found there; the message carries the cause.
     """
-    with _explained(source):
+    with _explained(source), without_pooler_reports():
         if source.find("modules.json") is not None:
             model = _load_modules(cls, source, settings)
         else:
@@ -278,7 +279,7 @@ def load_backbone(
         raise ArgumentError(
             f"auto_model={auto_model!r}: give a transformers model class such as BertModel or AutoModel."
         )
-    with _explained(source):
+    with _explained(source), without_pooler_reports():
         kwargs = {**source.hub, **settings.backbone_kwargs}
         config = AutoConfig.from_pretrained(source.name, **source.hub)
         if auto_model is None:
@@ -335,18 +336,6 @@ def _stored_dtype(source: Source) -> torch.dtype:
         dtypes = {_SAFETENSORS_DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
     halves = dtypes & {torch.float16, torch.bfloat16}
     return torch.float32 if torch.float32 in dtypes or not halves else halves.pop()
-
-
-def position_limit(config: PretrainedConfig) -> int | None:
-    """The longest text in tokens that the model's positions allow, or None where they set no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    family = family_of(config)
-    if family is None or not family.positions_after_padding:
-        return positions
-    # MPNet's module fixes its padding index at 1, whatever the config says.
-    return positions - 2 if config.model_type == "mpnet" else positions - config.pad_token_id - 1
 
 
 def adapter_base(source: Source) -> str | None:

@@ -1,6 +1,7 @@
 """Finding the parts of a SentenceTransformer."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
@@ -9,6 +10,23 @@ from torch import nn
 
 from embtune.errors import ModelError
 from embtune.files import read_json
+
+
+@dataclass(frozen=True)
+class FixedParts:
+    """The modules and parameters of a model that keeps them for a while, in PyTorch's order.
+
+    A copy of the model has its own structure, and takes none of it along.
+    """
+
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+    def __deepcopy__(self, _memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def transformer_modules(model: SentenceTransformer) -> list[Transformer]:

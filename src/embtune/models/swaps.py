@@ -12,7 +12,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder,
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from embtune.packing.attention import attend_groups, take
+from embtune.packing.attention import attend_groups, attend_tiles, is_bounds_mask, take
 from embtune.packing.layout import PackedMask
 
 
@@ -27,28 +27,38 @@ class PackedMPNetSelfAttention(MPNetSelfAttention):
         output_attentions: bool = False,
         **others: Any,
     ) -> tuple[Tensor, ...]:
-        if not isinstance(attention_mask, PackedMask):
+        if not (isinstance(attention_mask, PackedMask) or is_bounds_mask(attention_mask)):
             return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **others)
         shape = (-1, self.num_attention_heads, self.attention_head_size)
-        q_THD, k_THD, v_THD = (project(hidden_states[0]).view(shape) for project in (self.q, self.k, self.v))
+        states_TC = hidden_states.squeeze(0)
+        q_THD, k_THD, v_THD = (project(states_TC).view(shape) for project in (self.q, self.k, self.v))
         dropout = self.dropout.p if self.training else 0.0
-        # The bias is an embedding in the weights' dtype; under autocast the states may have another.
-        bias_HLL = None if position_bias is None else position_bias[0].to(q_THD.dtype)
-        out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, None, False, None, bias_HLL=bias_HLL)
+        if is_bounds_mask(attention_mask):
+            out_THD = attend_tiles(q_THD, k_THD, v_THD, attention_mask, dropout, None, False, None, position_bias)
+        else:
+            # The bias is an embedding in the weights' dtype; under autocast the states may have another.
+            bias_HLL = None if position_bias is None else position_bias[0].to(q_THD.dtype)
+            out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, None, False, None, bias_HLL=bias_HLL)
         return (self.o(out_THD.flatten(1)).unsqueeze(0),)
 
 
 class PackedMPNetEncoder(MPNetEncoder):
-    """Computes the relative bias for the longest text, where the original would for the whole row: [H, T, T]."""
+    """Computes the relative bias once for each distance, or for the longest text, and not [H, T, T] for the row."""
 
     _longest: int | None = None
+    _by_distance = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         self._longest = attention_mask.packing.max_length if isinstance(attention_mask, PackedMask) else None
+        self._by_distance = is_bounds_mask(attention_mask)
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().compute_position_bias(x[:, : self._longest], *args, **kwargs)
+        if not self._by_distance:
+            return super().compute_position_bias(x[:, : self._longest], *args, **kwargs)
+        # All that is farther than 128 falls into the last bucket.
+        distance_R = torch.arange(-128, 129, device=x.device)
+        return self.relative_attention_bias(self.relative_position_bucket(distance_R)).T.float()
 
 
 class PackedDisentangledSelfAttention(DisentangledSelfAttention):
@@ -117,18 +127,32 @@ class PackedT5Attention(T5Attention):
         position_bias: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor, None]:
-        if not isinstance(mask, PackedMask):
+        if not (isinstance(mask, PackedMask) or is_bounds_mask(mask)):
             return super().forward(hidden_states, mask, key_value_states, position_bias, **others)
-        packing = mask.packing
         shape = (-1, self.n_heads, self.key_value_proj_dim)
-        q_THD, k_THD, v_THD = (project(hidden_states[0]).view(shape) for project in (self.q, self.k, self.v))
-        if position_bias is None:
-            position_bias = self.compute_bias(packing.max_length, packing.max_length)
+        states_TC = hidden_states.squeeze(0)
+        q_THD, k_THD, v_THD = (project(states_TC).view(shape) for project in (self.q, self.k, self.v))
         dropout = self.dropout if self.training else 0.0
+        if is_bounds_mask(mask):
+            bias_HR = self._bias_by_distance() if position_bias is None else position_bias
+            out_THD = attend_tiles(q_THD, k_THD, v_THD, mask, dropout, self.scaling, False, None, bias_HR)
+            return self.o(out_THD.flatten(1)).unsqueeze(0), bias_HR, None
+        if position_bias is None:
+            longest = mask.packing.max_length
+            position_bias = self.compute_bias(longest, longest)
         # The bias is an embedding in the weights' dtype; under autocast the states may have another.
         bias_HLL = position_bias[0].to(q_THD.dtype)
         out_THD = attend_groups(q_THD, k_THD, v_THD, mask, dropout, self.scaling, False, None, bias_HLL=bias_HLL)
         return self.o(out_THD.flatten(1)).unsqueeze(0), position_bias, None
+
+    def _bias_by_distance(self) -> Tensor:
+        # All that is farther falls into the last bucket.
+        reach, table = self.relative_attention_max_distance, self.relative_attention_bias
+        distance_R = torch.arange(-reach, reach + 1, device=table.weight.device)
+        buckets_R = self._relative_position_bucket(
+            distance_R, num_buckets=self.relative_attention_num_buckets, max_distance=reach
+        )
+        return table(buckets_R).T.float()
 
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {

@@ -3,7 +3,7 @@
 Shapes: H heads, T tokens, D numbers a head, S slots of the padded groups.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from embtune.packing.layout import PackedMask, Packing
+from embtune.kernels.row_attention import row_attention
+from embtune.packing.layout import PackedMask, Packing, RowAttention
+from embtune.runtime import runs_triton
 
 ATTENTION = "embtune_packed"
 """The name to give to `set_attn_implementation`."""
 
 FLASH_HEAD_DIM = 256
 """The largest head that FlashAttention-2 takes."""
+
+TILES_LENGTH = 512
+"""Rows whose texts are no longer go to `row_attention`; FlashAttention's larger tiles are faster from there on."""
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -39,7 +44,7 @@ def packed_attention(
 
     Args:
         query: [1, H, T, D]; key and value may have fewer heads.
-        attention_mask: a `PackedMask`, a `flash_mask`, or whatever a padded batch brings.
+        attention_mask: that of a row (`row_mask`), or whatever a padded batch brings.
 
     Returns:
         [1, T, H, D], and no weights.
@@ -61,13 +66,61 @@ def packed_attention(
         )
     dropout = dropout if module.training else 0.0
     # transformers hands out [1, H, T, D] views of [1, T, H, D].
-    q_THD, k_THD, v_THD = (states[0].transpose(0, 1) for states in (query, key, value))
-    if not packed and q_THD.dtype in _FLASH_DTYPES:
+    # Their gradients go back as views: an index would copy each into zeros, and into the other order again.
+    q_THD, k_THD, v_THD = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    if is_bounds_mask(attention_mask):
+        out_THD = attend_tiles(q_THD, k_THD, v_THD, attention_mask, dropout, scaling, causal, sliding_window)
+    elif not packed and q_THD.dtype in _FLASH_DTYPES:
         cu_seqlens, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
         out_THD = attend_flash(q_THD, k_THD, v_THD, cu_seqlens, longest, dropout, scaling, causal, sliding_window)
     else:
         out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, scaling, causal, sliding_window)
     return out_THD.unsqueeze(0), None
+
+
+def is_bounds_mask(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether an attention mask is a `bounds_mask`."""
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[0] == 2
+
+
+def attend_tiles(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    bounds: Tensor,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+    bias_HR: Tensor | None = None,
+) -> Tensor:
+    """`row_attention`, which fills its tiles with short texts; `bias_HR` [H, R] is added by distance.
+
+    Args:
+        bounds: a `bounds_mask`.
+    """
+    # Drawn on the device: nothing waits, and a CUDA graph draws anew with each replay.
+    seed = torch.randint(2**31 - 1, (1,), device=q_THD.device) if dropout > 0 else None
+    reach = (-1, -1) if window is None else (window - 1, window - 1)
+    # Rotary embeddings computed in float32 leave queries and keys there.
+    q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
+    starts_T, ends_T = bounds[0, 0, 0], bounds[1, 0, 0]
+    return row_attention(q_THD, k_THD, v_THD, starts_T, ends_T, scaling, causal, reach, bias_HR, dropout, seed)
+
+
+def row_attention_for(
+    device: torch.device, dtype: torch.dtype, longest: int, *, tiles: bool, flash: bool
+) -> RowAttention:
+    """What computes the attention of a row on this device, in this dtype, with no text longer than `longest`.
+
+    Args:
+        tiles: whether `row_attention` computes what the architecture asks for.
+        flash: the same of FlashAttention.
+    """
+    half = dtype in _FLASH_DTYPES
+    if tiles and half and runs_triton(device) and (longest <= TILES_LENGTH or not flash):
+        return "tiles"
+    return "flash" if flash and flash_serves(device, dtype) else "groups"
 
 
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:

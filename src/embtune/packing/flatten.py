@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtune.packing.layout import Packing, row_mask
+from embtune.packing.layout import Packing, RowAttention, row_mask
 
 # What flattening knows how to carry; a batch with anything else per token stays padded.
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids"})
@@ -36,7 +36,7 @@ def flatten(
     dtype: torch.dtype,
     padding_id: int | None = None,
     mask_value: float = 0,
-    flash: bool = False,
+    attention: RowAttention = "groups",
 ) -> tuple[dict[str, Any], Packing] | None:
     """Turn padded features [N, L] into those of one row [1, T] of real tokens; None if a text has no token at all.
 
@@ -48,11 +48,11 @@ def flatten(
         padding_id: for families that count positions from it (RoBERTa, MPNet), skipping a literal padding token inside
             a text as the model itself does; None where positions count from 0.
         mask_value: 1 for models that multiply embeddings by their mask.
-        flash: whether variable-length FlashAttention will serve the row.
+        attention: what will compute the row's attention.
 
     Returns:
-        The features with `position_ids`, `cu_seq_lens_q`, `seq_idx` and, as attention mask, a `PackedMask` or
-        `flash_mask`; and the packing.
+        The features with `position_ids`, `cu_seq_lens_q`, `seq_idx` and, as attention mask, what that
+        attention reads (`row_mask`); and the packing.
     """
     ids = features["input_ids"]
     real = features["attention_mask"].cpu().bool()
@@ -71,7 +71,7 @@ def flatten(
         if key in features:
             row[key] = features[key].flatten().index_select(0, place).unsqueeze(0)
     row["position_ids"] = positions.unsqueeze(0)
-    row["attention_mask"] = row_mask(packing, dtype, mask_value, flash)
+    row["attention_mask"] = row_mask(packing, dtype, mask_value, attention)
     row["cu_seq_lens_q"] = packing.cu_seqlens
     row["seq_idx"] = packing.text_of_token.unsqueeze(0)
     return row, packing

@@ -6,9 +6,15 @@ Shapes: N texts, T real tokens in all, S slots of the padded groups (S ≥ T), L
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from embtune.kernels.row_attention import text_bounds
+
+RowAttention: TypeAlias = Literal["tiles", "flash", "groups"]
+"""What computes the attention of a row: `row_attention`, variable-length FlashAttention, or SDPA over groups."""
 
 # A text joins a group if it is at least this share of the group's longest: at most a quarter of a group is padding.
 _SIMILAR = 0.75
@@ -163,8 +169,19 @@ def flash_mask(cu_seqlens: Tensor, max_length: int) -> Tensor:
     return cu_seqlens.view(1, 1, 1, -1).expand(1, 1, max_length, -1)
 
 
-def row_mask(packing: Packing, dtype: torch.dtype, mask_value: float, flash: bool) -> Tensor:
-    """What stands in the place of a row's attention mask: a `flash_mask` where that serves, else a `PackedMask`."""
-    if flash:
+def bounds_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The attention mask of a row that `row_attention` serves: [2, 1, 1, T] int32.
+
+    It holds where the text of each token begins and ends, found once for all layers. A `flash_mask` has a first axis
+    of 1.
+    """
+    return torch.stack(text_bounds(cu_seqlens, tokens))[:, None, None]
+
+
+def row_mask(packing: Packing, dtype: torch.dtype, mask_value: float, attention: RowAttention) -> Tensor:
+    """What stands in the place of a row's attention mask, for the attention that will read it."""
+    if attention == "tiles":
+        return bounds_mask(packing.cu_seqlens, packing.tokens)
+    if attention == "flash":
         return flash_mask(packing.cu_seqlens, packing.max_length)
     return PackedMask.of(packing, dtype, mask_value)

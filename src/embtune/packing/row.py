@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtune.packing.layout import Packing, row_mask
+from embtune.packing.layout import Packing, RowAttention, row_mask
 
 PREPARED = "embtune_row"
 """The feature, and the key of a batch, under which a `PackedRow` stands in the place of padded features."""
@@ -88,10 +88,10 @@ class PackedRow:
         row["seq_idx"] = self.tokens_3T[2:]
         return row
 
-    def flatten(self, dtype: torch.dtype, mask_value: float, flash: bool) -> tuple[dict[str, Any], Packing]:
+    def flatten(self, dtype: torch.dtype, mask_value: float, attention: RowAttention) -> tuple[dict[str, Any], Packing]:
         """What the function `flatten` makes of padded features: those of one row [1, T], and the packing."""
         packing = Packing(list(self.lengths), self.tokens_3T.device)
         packing.cu_seqlens, packing.text_of_token = self.cu_seqlens, self.tokens_3T[2]
         row = self.features()
-        row["attention_mask"] = row_mask(packing, dtype, mask_value, flash)
+        row["attention_mask"] = row_mask(packing, dtype, mask_value, attention)
         return row, packing

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from embtune.errors import EmbtuneError, EmbtuneWarning
 
@@ -27,24 +27,28 @@ class EventLog:
     """Appends to the event file of a run. A disk that fails ends the log with a warning, and not the run.
 
     Args:
-        folder: the run's folder; made with the first event.
+        folder: the run's folder, made with the first event; None keeps no file.
         resume: go on behind the events that are there, instead of replacing them.
+        echo: gets each line, too.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
-        self.path = Path(folder) / EVENTS
+    def __init__(self, folder: str | Path | None, *, resume: bool = False, echo: TextIO | None = None) -> None:
+        self.path = None if folder is None else Path(folder) / EVENTS
         self._keep = resume
+        self._echo = echo
         self._begun = False
         self._failed = False
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; `fields` are anything that JSON holds, paths and NumPy numbers."""
-        if self._failed:
-            return
         line = json.dumps(_plain({"event": event, "time": time.time(), **fields}), ensure_ascii=False)
+        if self._echo is not None:
+            print(line, file=self._echo, flush=True)
+        if self.path is None or self._failed:
+            return
         try:
             if not self._begun:
-                self._begin()
+                self._begin(self.path)
             with self.path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line + "\n")
         except OSError as error:
@@ -73,13 +77,13 @@ class EventLog:
             raise
         self.write("finished")
 
-    def _begin(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _begin(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not self._keep:
-            self.path.write_text("", encoding="utf-8")
-        elif self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            path.write_text("", encoding="utf-8")
+        elif path.exists() and not path.read_bytes().endswith(b"\n"):
             # A killed run may have left half a line; the next event must not be glued to it.
-            with self.path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
         self._begun = True
 

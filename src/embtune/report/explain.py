@@ -6,6 +6,7 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from embtune.adapt.fused import FusedLoraLinear
 from embtune.adapt.quantised import describe_quantisation, is_quantised
 from embtune.models.arguments import LoadNotes
 from embtune.models.checkpointing import describe_gradient_checkpointing
@@ -67,6 +68,8 @@ def _describe_backbone(backbone: nn.Module, notes: LoadNotes | None) -> list[tup
         targets = config.target_modules
         shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         rows.append(("LoRA", f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout} on {shown}", ""))
+        if any(isinstance(module, FusedLoraLinear) for module in backbone.modules()):
+            rows.append(("kernels", "fused", "by the trainer; fused_kernels=False in its arguments undoes it"))
     return rows
 
 

@@ -7,10 +7,12 @@ import sentence_transformers
 from embtune.accelerate.breakeven import COMPILE_MODES
 from embtune.errors import ArgumentError
 
+GRAPH_MODES = ("auto", "never", "always")
+
 
 @dataclass
 class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransformerTrainingArguments):
-    """sentence-transformers' arguments with the same names and meaning, and four more.
+    """sentence-transformers' arguments with the same names and meaning, and six more.
 
     One default differs: `logging_nan_inf_filter` is off. Switched on, it asks the accelerator in every step whether the
     loss is a number, which stops the host from preparing the next one, and hides from the log that it is not.
@@ -27,9 +29,20 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
         default=None,
         metadata={"help": "Roles of the data's columns by their names, such as {'question': 'anchor'}."},
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "On one NVIDIA GPU, replay the packed encoder's forward and backward as CUDA graphs."},
+    cuda_graphs: str = field(
+        default="auto",
+        metadata={
+            "help": 'Replay the packed encoder\'s forward and backward as CUDA graphs: "auto" on one NVIDIA GPU where '
+            'nothing forbids it, "never", "always".'
+        },
+    )
+    dataset_weights: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "How often an epoch goes through each of several data sets, by name; those not named: once."},
+    )
+    fused_kernels: bool = field(
+        default=True,
+        metadata={"help": "On the packed engine, compute each adapted layer in few kernels instead of PEFT's several."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
@@ -46,9 +59,14 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
             raise ArgumentError(f"compile={self.compile!r} is not known; use one of {', '.join(COMPILE_MODES)}.")
+        if self.cuda_graphs not in GRAPH_MODES:
+            raise ArgumentError(f"cuda_graphs={self.cuda_graphs!r} is not known; use one of {', '.join(GRAPH_MODES)}.")
         if self.train_sampling_strategy == "group_by_length":
             raise ArgumentError(
                 'train_sampling_strategy="group_by_length" does nothing in sentence-transformers, which builds its own '
                 "batches; leave it out."
             )
+        for name, weight in (self.dataset_weights or {}).items():
+            if not 0 < weight < float("inf"):
+                raise ArgumentError(f"dataset_weights: {name}={weight} must be more than 0.")
         super().__post_init__()

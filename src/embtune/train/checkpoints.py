@@ -1,6 +1,5 @@
-"""Checkpoints: which are whole, and putting one back into a live model, quantised bases included."""
+"""Checkpoints: putting one back into a live model, quantised bases included."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,48 +9,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
 from sentence_transformers.sentence_transformer.modules import Router, Transformer
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from embtune.errors import ArgumentError, ModelError
-from embtune.files import read_json
+from embtune.errors import ModelError
 from embtune.models.modules import saved_modules
 
 LOSS_WEIGHTS = "loss.safetensors"
 """The file of a checkpoint that holds what its loss learns; the model's own files say nothing of it."""
-
-
-def is_checkpoint_name(folder: str | Path) -> bool:
-    """Whether a folder is named as the Trainer names its checkpoints: `checkpoint-` and a step."""
-    prefix, _, step = Path(folder).name.rpartition("-")
-    return prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal()
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last, after weights and optimizer."""
-    try:
-        read_json(checkpoint / TRAINER_STATE_NAME)
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
-
-
-def last_whole_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run that was written to its end; one cut off in the middle is passed over.
-
-    Raises:
-        ArgumentError: the run has none.
-    """
-    numbered = [
-        (int(folder.name.rpartition("-")[2]), folder)
-        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if is_checkpoint_name(folder) and is_whole(folder)
-    ]
-    if not numbered:
-        raise ArgumentError(
-            f"There is nothing to resume: {run} holds no whole checkpoint. Start a new run in another folder."
-        )
-    return max(numbered)[1]
 
 
 def restore_weights(model: SentenceTransformer, checkpoint: Path) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _SAMPLE = 128
 # Where the data is a stream, its lengths are not known: a short query with a paragraph.
 _UNKNOWN_TOKENS_PER_ROW = 160
+# BERT-base, 128 pairs of nl2bash: 16.1 ms a step compiled and replayed, after 57 s; 15.1 ms fused and replayed.
+_REPLAYED = "off: CUDA graphs replay the step, and its kernels are fused without compiling"
 
 
 class CompileCallback(TrainerCallback, ExportableState):
@@ -45,10 +47,17 @@ class CompileCallback(TrainerCallback, ExportableState):
         """The Trainer cannot save what the state it resumed from, of a plain Trainer say, has no entry for."""
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
-    def prepare(self, trainer: "SentenceTransformerTrainer", checkpoint: Path | None) -> None:
-        """Decide, or take over a checkpoint's decision; print it; compile the encoder layers or leave them."""
+    def prepare(self, trainer: "SentenceTransformerTrainer", checkpoint: Path | None, replayed: bool = False) -> None:
+        """Decide, or take over a checkpoint's decision; print it; compile the encoder layers or leave them.
+
+        Args:
+            replayed: whether CUDA graphs replay the step, of kernels that are fused already.
+        """
         stored = _stored(checkpoint) if self.mode == "auto" else None
-        self.decision = stored or self._decide(trainer, steps_taken(checkpoint))
+        if replayed and self.mode == "auto":
+            self.decision = CompileDecision(compile=False, reason=_REPLAYED, steps_left=steps_of_run(trainer))
+        else:
+            self.decision = stored or self._decide(trainer, steps_taken(checkpoint))
         print(f"compile: {self.decision.reason}", flush=True)
         for transformer in transformer_modules(trainer.model):
             if self.decision.compile:
@@ -57,21 +66,25 @@ class CompileCallback(TrainerCallback, ExportableState):
                 uncompile_layers(transformer.model)
 
     def _decide(self, trainer: "SentenceTransformerTrainer", taken: int) -> CompileDecision:
-        model = trainer.model
-        backbones = [transformer.model for transformer in transformer_modules(model)]
-        return decide(
-            self.mode,
-            steps_left=max(0, steps_of_run(trainer) - taken),
-            device=model.device.type,
-            parameters=sum(layer_parameters(backbone) for backbone in backbones),
-            tokens_per_step=tokens_per_step(trainer),
-            trainable="full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
-            checkpointing=any(describe_gradient_checkpointing(backbone) != "off" for backbone in backbones),
-            dtype=model.dtype,
-            dropout=any(has_dropout(backbone) for backbone in backbones),
-            layers=sum(len(encoder_layers(backbone)) for backbone in backbones),
-            threads=torch.get_num_threads(),
-        )
+        steps_left = max(0, steps_of_run(trainer) - taken)
+        return decide(self.mode, steps_left=steps_left, **compile_settings(trainer))
+
+
+def compile_settings(trainer: "SentenceTransformerTrainer") -> dict[str, Any]:
+    """The fields of `CompileEstimate` for what a trainer is about to run."""
+    model = trainer.model
+    backbones = [transformer.model for transformer in transformer_modules(model)]
+    return {
+        "device": model.device.type,
+        "parameters": sum(layer_parameters(backbone) for backbone in backbones),
+        "tokens_per_step": tokens_per_step(trainer),
+        "trainable": "full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
+        "checkpointing": any(describe_gradient_checkpointing(backbone) != "off" for backbone in backbones),
+        "dtype": model.dtype,
+        "dropout": any(has_dropout(backbone) for backbone in backbones),
+        "layers": sum(len(encoder_layers(backbone)) for backbone in backbones),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def steps_of_run(trainer: "SentenceTransformerTrainer") -> int:
@@ -80,9 +93,12 @@ def steps_of_run(trainer: "SentenceTransformerTrainer") -> int:
     if args.max_steps > 0:
         return args.max_steps
     data = trainer.train_dataset
-    rows = sum(len(part) for part in data.values()) if isinstance(data, DatasetDict) else len(data)
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step))
+    rows_per_batch = args.train_batch_size * args.world_size
+    # A batch holds rows of one data set.
+    weights = getattr(args, "dataset_weights", None) or {}
+    parts = data if isinstance(data, DatasetDict) else {"": data}
+    batches = sum(max(1, round(weights.get(n, 1) * math.ceil(len(rows) / rows_per_batch))) for n, rows in parts.items())
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def steps_taken(checkpoint: Path | None) -> int:

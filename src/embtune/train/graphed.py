@@ -14,21 +14,33 @@ from embtune.packing.row import PREPARED
 if TYPE_CHECKING:
     from embtune.train.trainer import SentenceTransformerTrainer
 
+# A graph's own memory is small: activations lie in one pool that all of them write over.
+SHAPES = 16
 
-def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs:
-    """The graphs of a run that is about to begin.
+
+def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | None:
+    """The graphs of a run that is about to begin; None, and printed why, where it goes without.
 
     Raises:
-        ArgumentError: this run cannot be recorded; the message says why.
+        ArgumentError: graphs were asked for, and this run cannot be recorded; the message says why.
     """
     model, args = trainer.model, trainer.args
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    mode = getattr(args, "cuda_graphs", "auto")
+    if mode == "never" or (mode == "auto" and model.device.type != "cuda"):
+        return None
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
     engine = getattr(model, "engine", None)
     obstacle = why_not_recordable(model, engine, autocast or model.dtype, args.gradient_checkpointing)
-    if obstacle is not None:
-        raise ArgumentError(f"cuda_graphs=True cannot be honoured: {obstacle}.")
+    if obstacle is not None or engine is None:
+        if mode == "always":
+            raise ArgumentError(f'cuda_graphs="always" cannot be honoured: {obstacle}.')
+        print(f"CUDA graphs: off, because {obstacle}", flush=True)
+        return None
+    print(f"CUDA graphs: on, for up to {SHAPES} sizes of a batch; each is recorded when it first comes", flush=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return EncoderGraphs(partial(embed_row, model), trained, autocast=autocast)
+    return EncoderGraphs(
+        partial(embed_row, model, engine), trained, autocast=autocast, limit=SHAPES, strict=mode == "always"
+    )
 
 
 class GraphedModel:

@@ -1,8 +1,9 @@
-"""Half-precision weights in training: float16 needs its loss scaled, and cannot itself be trained."""
+"""Half precision in training: who casts what, and what float16 asks for."""
 
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
+from embtune.adapt.fused import trains_only_fused_layers
 from embtune.errors import ArgumentError, ModelError
 from embtune.models.modules import transformer_modules
 
@@ -36,3 +37,19 @@ def settle_float16(model: SentenceTransformer, args: SentenceTransformerTraining
         print("fp16: on, because the base is in float16 and gradients through it need a scaled loss", flush=True)
     args.fp16 = True
     args.mixed_precision = "fp16"  # what the Trainer hands to accelerate; TrainingArguments derives it from fp16
+
+
+def settle_casting(model: SentenceTransformer, args: SentenceTransformerTrainingArguments) -> None:
+    """With `args.bf16`, leave autocast out where a base in bfloat16 and float32 adapters need none.
+
+    Autocast would make float32 of every norm's output and cast it back before each product: half of the element-wise
+    work of a step. The fused adapters round their own weights for the products, so nothing is left to cast.
+    """
+    if not args.bf16:
+        return
+    [*transformers] = transformer_modules(model)
+    owned = bool(transformers) and all(
+        transformer.model.dtype == torch.bfloat16 and trains_only_fused_layers(transformer.model)
+        for transformer in transformers
+    )
+    args.mixed_precision = "no" if owned else "bf16"

@@ -3,6 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,29 +12,30 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from embtune.accelerate.graphs import EncoderGraphs
-from embtune.data.checks import check_training_data, warn_about_accumulation
+from embtune.adapt.fused import fuse_lora, unfuse_lora
+from embtune.data.checks import check_training_data
 from embtune.data.columns import canonical
 from embtune.errors import ArgumentError, EmbtuneWarning
 from embtune.losses.services import fall_back_for, takes_one_pass
+from embtune.models.fused import fuse_elementwise, unfuse_elementwise
+from embtune.models.modules import transformer_modules
 from embtune.packing.columns import embed_columns_once, embed_row_once
 from embtune.packing.row import PREPARED
+from embtune.train.accumulation import warn_about_accumulation
 from embtune.train.arguments import SentenceTransformerTrainingArguments
-from embtune.train.checkpoints import (
-    is_whole,
-    last_whole_checkpoint,
-    restore_loss_weights,
-    restore_weights,
-    save_loss_weights,
-)
-from embtune.train.compiling import CompileCallback
+from embtune.train.checkpoint_folders import TRAINER_STATE_NAME, is_whole, last_whole_checkpoint
+from embtune.train.checkpoints import restore_loss_weights, restore_weights, save_loss_weights
+from embtune.train.compiling import CompileCallback, steps_taken
 from embtune.train.graphed import GraphedModel, encoder_graphs
-from embtune.train.precision import settle_float16
+from embtune.train.precision import settle_casting, settle_float16
 from embtune.train.prompts import remember_prompts
 from embtune.train.reach import refuse_unreachable
+from embtune.train.sampling import WeightedBatchSampler
 from embtune.train.token_loaders import TokenLoaders, unread_features
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -69,11 +71,14 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
         if model is not None and train_dataset is not None:
             settle_float16(model, args)
+            _settle_kernels(model, getattr(args, "fused_kernels", True))
+            settle_casting(model, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, loss=loss, **others
         )
         self._embed: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self._graphs: EncoderGraphs | None = None
+        self._kind_of_loader = ""
         self._token_loaders = TokenLoaders(self, enabled=getattr(args, "token_cache", True))
         self._compile_callback = CompileCallback(getattr(args, "compile", "auto"))
         self.add_callback(self._compile_callback)
@@ -85,13 +90,27 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             refuse_unreachable(self.model)
             _warn_of_fallback(self.model)
             remember_prompts(self.model, self.args.prompts)
+            self.model.model_card_data.add_tags("embtune")
         self._check_data()
-        self._compile_callback.prepare(self, checkpoint)
-        self._graphs = encoder_graphs(self) if getattr(self.args, "cuda_graphs", False) else None
+        self._graphs = encoder_graphs(self)
+        self._compile_callback.prepare(self, checkpoint, replayed=self._graphs is not None)
+        if checkpoint is not None and 0 < self.args.max_steps <= steps_taken(checkpoint):
+            return self._take_over(checkpoint)
+        kept = nullcontext() if self._graphs is None else self.model.fixed_structure()
         try:
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            with kept:
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self._graphs = None  # and with them their memory
+
+    def _take_over(self, checkpoint: Path) -> TrainOutput:
+        """Put back a run that has no step left, without training; the Trainer would take one step more."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        return TrainOutput(self.state.global_step, float("nan"), {"train_runtime": 0.0})
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -115,10 +134,33 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         columns = [{key: value for key, value in column.items() if key not in unread} for column in columns]
         return embed_columns_once(self._embed, columns), labels
 
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset,
+        batch_samplers: list[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> BatchSampler:
+        """As sentence-transformers', or by `dataset_weights` where those are given.
+
+        Raises:
+            ArgumentError: a weight is for a data set that is not there.
+        """
+        weights = getattr(self.args, "dataset_weights", None)
+        if not weights or self._kind_of_loader != "train":
+            return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
+        names = list(self.train_dataset)
+        for name in weights:
+            if name not in names:
+                raise ArgumentError(f"dataset_weights: there is no data set {name!r}; there are {', '.join(names)}.")
+        shares = [weights.get(name, 1.0) for name in names]
+        return WeightedBatchSampler(dataset, batch_samplers, shares, generator, seed)
+
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
         """As sentence-transformers makes it, with texts that are token ids already where that gives the same."""
         if getattr(self.model, "packs", False):
             fall_back_for(self.loss.values() if isinstance(self.loss, dict) else [self.loss], self.model)
+        self._kind_of_loader = dataset_kind
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         with self.args.main_process_first(desc="tokenising"):
             loader, how = self._token_loaders.serve(loader, dataset)
@@ -147,6 +189,8 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
 
     def _check_data(self) -> None:
         """Look for what spoils a run; in-memory data only, since a stream can be read once."""
+        if getattr(self.args, "dataset_weights", None) and not isinstance(self.train_dataset, DatasetDict):
+            raise ArgumentError("dataset_weights is for several data sets, and train_dataset is one; leave it out.")
         if isinstance(self.train_dataset, Dataset | DatasetDict):
             evaluation = self.eval_dataset if isinstance(self.eval_dataset, Dataset | DatasetDict) else None
             check_training_data(self.train_dataset, evaluation, batch_size=self.args.train_batch_size)
@@ -164,6 +208,16 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         checkpoint = self.state.best_model_checkpoint
         self._load_from_checkpoint(checkpoint)
         self.model.model_card_data.set_best_model_step(int(checkpoint.rpartition("-")[2]))
+
+
+def _settle_kernels(model: SentenceTransformer, fused: bool) -> None:
+    for transformer in transformer_modules(model):
+        if fused and getattr(model, "packs", False):
+            fuse_lora(transformer.model)
+            fuse_elementwise(transformer.model)
+        else:
+            unfuse_lora(transformer.model)
+            unfuse_elementwise(transformer.model)
 
 
 def _warn_of_fallback(model: SentenceTransformer) -> None:

@@ -1,0 +1,307 @@
+"""What `embtune train` can be told: flags, keys of its config files and help all follow from these dataclasses."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from embtune.cli.export_choice import ExportChoice
+from embtune.cli.flags import (
+    Float,
+    Int,
+    Ints,
+    MaybeFloat,
+    MaybeInt,
+    MaybeText,
+    Numbers,
+    Pairs,
+    Sources,
+    Switch,
+    Texts,
+    Values,
+    shown,
+)
+from embtune.cli.loss_table import about_unknown
+from embtune.cli.mistakes import ConfigError, Mistake
+from embtune.errors import ArgumentError
+
+COMMAND_OPTIONS = ("config", "resume", "dry_run", "quiet", "json")
+"""Options that say nothing about the run itself; no config file has them."""
+
+TASKS = ("auto", "retrieval", "sts", "clustering")
+"""What evaluation data can be used for while training."""
+
+_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "model_args": {"random_state": "seed", "use_gradient_checkpointing": "gradient_checkpointing"}
+    | {name: name for name in ("max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "full_finetuning")}
+    | {name: name for name in ("pooling_mode", "engine")},
+    "lora_args": {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "random_state": "seed"}
+    | {"target_modules": "lora_targets", "use_gradient_checkpointing": "gradient_checkpointing"},
+    "training_args": {"output_dir": "output", "num_train_epochs": "epochs", "lr_scheduler_type": "scheduler"}
+    | {"per_device_train_batch_size": "batch_size", "warmup_steps": "warmup", "eval_strategy": "eval_steps"}
+    | {"save_strategy": "save_steps", "load_best_model_at_end": "early_stopping_patience", "bf16": "dtype"}
+    | {"fp16": "dtype", "gradient_checkpointing": "gradient_checkpointing", "dataset_weights": "weights"}
+    | {name: name for name in ("max_steps", "learning_rate", "seed", "batch_sampler", "prompts", "compile")}
+    | {name: name for name in ("token_cache", "eval_steps", "save_steps", "report_to", "columns")},
+}
+"""Arguments of the library that have an option of their own here."""
+
+
+@dataclass(frozen=True)
+class TrainDetails:
+    """Less common options of `embtune train`; they are flags and keys of --config like the others."""
+
+    losses: Pairs = field(default_factory=dict)
+    """Of several data sets, those with a loss of their own, as sts=CoSENTLoss."""
+    weights: Numbers = field(default_factory=dict)
+    """How often an epoch goes through a data set, as faq=2 sts=0.5; the others once."""
+    eval_columns: Pairs = field(default_factory=dict)
+    """Roles of the evaluation data's columns, where they differ from --columns."""
+    eval_split: MaybeText = None
+    """Split of the evaluation data: BEIR folder (test) or Hub (train)."""
+    eval_tasks: Pairs = field(default_factory=dict)
+    """What to measure on evaluation data, where its columns do not tell, as topics=clustering."""
+    eval_k: MaybeInt = None
+    """Depth of the retrieval metrics; without, 10."""
+    eval_steps: MaybeInt = None
+    """Evaluate after every N steps of training."""
+    forgetting_check: Switch = True
+    """With --eval-data, measure on prose, too: what the model knew should not get worse."""
+    save_steps: MaybeInt = None
+    """Save a checkpoint every N steps; without, after every epoch."""
+    early_stopping_patience: MaybeInt = None
+    """Stop after N evaluations without gain, and keep the best model."""
+    pooling_mode: MaybeText = None
+    """Pooling, such as mean or cls; without, the model's own."""
+    dtype: MaybeText = None
+    """Of the base weights: float32, bfloat16, float16; without, by hardware."""
+    load_in_8bit: Switch = False
+    """Hold the base weights in 8 bits."""
+    engine: Literal["auto", "packed", "reference"] = "auto"
+    """How training runs; auto is the fastest that is proven for the model."""
+    gradient_checkpointing: Switch = False
+    """Recompute layers in the backward pass: less memory, slower."""
+    compile: Literal["auto", "never", "always"] = "auto"
+    """Compile the layers; auto does where the run is long enough to pay."""
+    token_cache: Switch = True
+    """Texts are tokenised once, for all epochs and later runs, unless --no-token-cache."""
+    lora_dropout: Float = 0.0
+    """Dropout before the adapters."""
+    lora_targets: Texts = ()
+    """Linear layers to adapt; without, those of the architecture."""
+    loss_args: Values = field(default_factory=dict)
+    """Arguments of the loss, as scale=30; of a data set's own, as sts='{scale: 30}'."""
+    matryoshka_dims: Ints = ()
+    """Train embeddings that can be cut to these dimensions."""
+    prompts: Pairs = field(default_factory=dict)
+    """Text before each column's texts, as anchor="query: "."""
+    batch_sampler: Literal["batch_sampler", "no_duplicates", "group_by_label"] = "batch_sampler"
+    """How batches are drawn; no_duplicates keeps equal texts apart."""
+    warmup: Float = 0.1
+    """Steps until the learning rate's peak; below 1, their share of all steps."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    report_to: Texts = ()
+    """Trackers, as the Hugging Face Trainer names them (tensorboard, wandb …)."""
+    model_args: Values = field(default_factory=dict)
+    """More arguments of from_pretrained, as revision=main."""
+    lora_args: Values = field(default_factory=dict)
+    """More arguments of get_peft_model, as use_rslora=true."""
+    training_args: Values = field(default_factory=dict)
+    """More arguments of the Hugging Face Trainer, as weight_decay=0.01."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune an embedding model on your pairs, and show what it gained. --help-more shows further options."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """Model to tune: folder, adapter folder or Hub name."""
+    data: Sources
+    """Rows to train on: files or Hub names; several as NAME=FILE."""
+    columns: Pairs = field(default_factory=dict)
+    """Their columns, as question=anchor; of one of several: NAME.question=anchor."""
+    eval_data: Annotated[Sources, shown("DATA…")] = field(default_factory=dict)
+    """Held-out pairs, scored sentences, BEIR folders: measured before and after."""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("embtune-run")
+    """Folder for the model, checkpoints and results."""
+    config: Annotated[Path | None, shown("FILE")] = None
+    """YAML of these names, paths relative to it; flags win. May stand first."""
+    resume: Annotated[Path | None, shown("RUN")] = None
+    """Go on with the run in this folder, with the options that it began with."""
+    dry_run: Switch = False
+    """Check everything, time a few steps, train and write nothing."""
+    quiet: Switch = False
+    """Show warnings and errors only."""
+    json: Switch = False
+    """Print each event as a line of JSON, and nothing else."""
+    epochs: MaybeFloat = None
+    """Passes over the data; without it and --max-steps, one."""
+    max_steps: MaybeInt = None
+    """Training steps, instead of epochs."""
+    batch_size: Int = 64
+    """Rows in a batch; most losses take negatives from it."""
+    learning_rate: MaybeFloat = None
+    """Peak; without it 2e-4 for adapters, 2e-5 for whole models."""
+    max_seq_length: MaybeInt = None
+    """Longest text in tokens; without, the model's own."""
+    loss: Annotated[str, tyro.conf.arg(metavar="NAME")] = "MultipleNegativesRankingLoss"
+    """Any of sentence-transformers'."""
+    lora_r: Int = 16
+    """Rank of the LoRA adapters."""
+    lora_alpha: Float = 32
+    """Scale of the adapters: alpha / rank."""
+    load_in_4bit: Switch = False
+    """Hold the base weights in 4 bits (QLoRA)."""
+    full_finetuning: Switch = False
+    """Train all weights instead of adapters."""
+    exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT…")] = ("merged",)
+    """What to save: merged, gguf:q8_0, torchao:int8_dynamic …"""
+    seed: Int = 0
+    """Of the adapters' first weights and the order of rows."""
+    more: tyro.conf.OmitArgPrefixes[TrainDetails] = field(default_factory=TrainDetails)
+    """The less common options."""
+
+    def __post_init__(self) -> None:
+        found = [*self._out_of_range(), *self._contradictions(), *self._unknown_names(), *self._given_elsewhere()]
+        if found:
+            raise ConfigError(found)
+
+    def _out_of_range(self) -> Iterator[Mistake]:
+        options = self.flat()
+        least = {"max_steps": 1, "batch_size": 1, "max_seq_length": 1, "lora_r": 1, "seed": 0, "warmup": 0}
+        least |= dict.fromkeys(("eval_steps", "save_steps", "early_stopping_patience", "eval_k"), 1)
+        for name, smallest in least.items():
+            if options[name] is not None and not options[name] >= smallest:
+                yield Mistake(f"{name}={options[name]} must be at least {smallest}.", (name,))
+        for name in ("epochs", "learning_rate", "lora_alpha"):
+            if options[name] is not None and not 0 < options[name] < float("inf"):
+                yield Mistake(f"{name}={options[name]} must be more than 0.", (name,))
+        for name, weight in self.more.weights.items():
+            if not 0 < weight < float("inf"):
+                yield Mistake(f"weights: {name}={weight} must be more than 0.", ("weights",))
+        if not 0 <= self.more.lora_dropout < 1:
+            text = f"lora_dropout={self.more.lora_dropout} must be at least 0 and less than 1."
+            yield Mistake(text, ("lora_dropout",))
+        if any(dimensions < 1 for dimensions in self.more.matryoshka_dims):
+            text = f"matryoshka_dims={list(self.more.matryoshka_dims)}: dimensions are numbers from 1 up."
+            yield Mistake(text, ("matryoshka_dims",))
+
+    def _contradictions(self) -> Iterator[Mistake]:
+        more = self.more
+        if self.epochs is not None and self.max_steps is not None:
+            yield Mistake(
+                f"epochs={self.epochs} and max_steps={self.max_steps} exclude each other; give one "
+                "(--epochs None takes back what a file says).",
+                ("epochs", "max_steps"),
+            )
+        options = self.flat()
+        on = tuple(name for name in ("load_in_4bit", "full_finetuning", "load_in_8bit") if options[name])
+        if len(on) > 1:
+            yield Mistake(f"{' and '.join(on)} exclude each other; give one.", on)
+        if self.full_finetuning and (settings := self.lora_settings()):
+            text = f"full_finetuning has no adapters; leave {', '.join(settings)} out."
+            yield Mistake(text, ("full_finetuning", *settings))
+        about_evaluation = ("eval_steps", "eval_columns", "eval_split", "eval_tasks", "eval_k")
+        if not self.eval_data and (given := [name for name in about_evaluation if options[name]]):
+            verb = "needs" if len(given) == 1 else "need"
+            yield Mistake(f"{', '.join(given)} {verb} eval_data.", (*given, "eval_data"))
+        patience = ("early_stopping_patience", "eval_steps")
+        if more.early_stopping_patience and more.eval_steps is None:
+            yield Mistake("early_stopping_patience counts evaluations while training; set eval_steps too.", patience)
+        elif more.early_stopping_patience and (more.save_steps or 0) % (more.eval_steps or 1):
+            yield Mistake(
+                f"save_steps={more.save_steps} must be a multiple of eval_steps={more.eval_steps}, so that the best "
+                "model is among the saved ones; or leave save_steps out.",
+                (*patience, "save_steps"),
+            )
+        if self.quiet and self.json:
+            yield Mistake("quiet and json exclude each other; json prints nothing else anyway.", ("quiet", "json"))
+
+    def _unknown_names(self) -> Iterator[Mistake]:
+        if not self.data:
+            yield Mistake("data names no file to train on.", ("data",))
+        for option, loss in (("loss", self.loss), *(("losses", loss) for loss in self.more.losses.values())):
+            if about := about_unknown(loss):
+                yield Mistake(f"{option}: {about}", (option,))
+        if self.more.weights and len(self.data) == 1:
+            yield Mistake("weights need several data sets.", ("weights", "data"))
+        for option in ("losses", "weights"):
+            yield from _strangers(option, getattr(self.more, option), "data", self.data)
+        yield from _strangers("eval_tasks", self.more.eval_tasks, "eval_data", self.eval_data)
+        for name, task in self.more.eval_tasks.items():
+            if task not in TASKS:
+                text = f"eval_tasks: {name}={task}: there are {', '.join(TASKS)}. Classification is for evaluate."
+                yield Mistake(text, ("eval_tasks",))
+        for name in self.more.losses:
+            if not isinstance(self.more.loss_args.get(name, {}), Mapping):
+                text = f"loss_args: {name} has a loss of its own; write its arguments as {name}: {{argument: value}}."
+                yield Mistake(text, ("loss_args",))
+        choices = []
+        for export in self.exports:
+            try:
+                choices.append(ExportChoice.parse(export))
+            except ArgumentError as error:
+                yield Mistake(str(error), ("exports",))
+        if len(set(choices)) < len(choices):
+            yield Mistake(f"exports={list(self.exports)} names one of them twice.", ("exports",))
+
+    def _given_elsewhere(self) -> Iterator[Mistake]:
+        for option, own in _ELSEWHERE.items():
+            for name in getattr(self.more, option):
+                if name in own:
+                    yield Mistake(f"{option}: {name} has an option of its own: {own[name]}.", (option,))
+
+    def lora_settings(self) -> dict[str, Any]:
+        """The LoRA settings that differ from the defaults."""
+        settings = {name: value for name, value in self.flat().items() if name.startswith("lora_")}
+        # What a dataclass makes anew for each config, an empty mapping here, is no attribute of the class.
+        defaults = {name: getattr(TrainConfig, name, getattr(TrainDetails, name, {})) for name in settings}
+        return {name: value for name, value in settings.items() if value != defaults[name]}
+
+    def loss_of(self, name: str) -> str:
+        """The name of the loss of a data set."""
+        return self.more.losses.get(name, self.loss)
+
+    def loss_args_of(self, name: str) -> Mapping[str, Any]:
+        """The arguments of a data set's loss: those under its name, or for a loss without its own those beside them."""
+        if name in self.more.losses:
+            own: Mapping[str, Any] = self.more.loss_args.get(name, {})
+            return own
+        return {key: value for key, value in self.more.loss_args.items() if key not in self.more.losses}
+
+    def columns_of(self, name: str) -> Mapping[str, str]:
+        """The roles of a data set's columns: those written with its name and a dot, else those without one."""
+        if len(self.data) == 1:
+            return self.columns
+        owners = {key: next((each for each in self.data if key.startswith(f"{each}.")), None) for key in self.columns}
+        own = {key.removeprefix(f"{name}."): role for key, role in self.columns.items() if owners[key] == name}
+        return own or {key: role for key, role in self.columns.items() if owners[key] is None}
+
+    def eval_columns_of(self, name: str) -> Mapping[str, str]:
+        """The roles of an evaluation data set's columns; a BEIR folder has its own."""
+        if Path(self.eval_data[name]).expanduser().is_dir():
+            return {}
+        return self.more.eval_columns or self.columns_of(name)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option of the run by its name, as a config file writes it."""
+        options = {**vars(self), **vars(self.more)}
+        return {name: value for name, value in options.items() if name not in ("more", *COMMAND_OPTIONS)}
+
+
+def _strangers(option: str, given: Mapping[str, Any], owner: str, known: Mapping[str, str]) -> Iterator[Mistake]:
+    for name in given:
+        if name not in known:
+            text = f"{option}: {owner} has no data set {name!r}; it has {', '.join(known) or 'none'}."
+            yield Mistake(text, (option, owner))
+
+
+@dataclass(frozen=True)
+class EverydayTrainConfig(TrainConfig):
+    __doc__ = TrainConfig.__doc__
+
+    more: tyro.conf.Suppress[TrainDetails] = field(default_factory=TrainDetails)
+    """Left out, so that the help fits a screen."""

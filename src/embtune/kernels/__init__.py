@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: Triton kernels, each beside its twin in plain PyTorch."""

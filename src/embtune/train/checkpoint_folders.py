@@ -1,0 +1,44 @@
+"""The Trainer's checkpoint folders: their names, and which were written to their end."""
+
+import json
+from pathlib import Path
+
+from embtune.errors import ArgumentError
+from embtune.files import read_json
+
+# As transformers calls them; not imported from there, because a command can then refuse a folder at once.
+PREFIX_CHECKPOINT_DIR = "checkpoint"
+TRAINER_STATE_NAME = "trainer_state.json"
+
+
+def is_checkpoint_name(folder: str | Path) -> bool:
+    """Whether a folder is named as the Trainer names its checkpoints: `checkpoint-` and a step."""
+    prefix, _, step = Path(folder).name.rpartition("-")
+    return prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal()
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last, after weights and optimizer."""
+    try:
+        read_json(checkpoint / TRAINER_STATE_NAME)
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def last_whole_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run that was written to its end; one cut off in the middle is passed over.
+
+    Raises:
+        ArgumentError: the run has none.
+    """
+    numbered = [
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if is_checkpoint_name(folder) and is_whole(folder)
+    ]
+    if not numbered:
+        raise ArgumentError(
+            f"There is nothing to resume: {run} holds no whole checkpoint. Start a new run in another folder."
+        )
+    return max(numbered)[1]
