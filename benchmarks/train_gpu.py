@@ -1,10 +1,11 @@
 """Training steps on one NVIDIA GPU: embtune beside sentence-transformers, each through its own trainer.
 
     python benchmarks/train_gpu.py table --data FOLDER --tokenizer FOLDER --out benchmarks/results/train_gpu.jsonl
-    python benchmarks/train_gpu.py one embtune base 128 --data FOLDER/medquad.jsonl --tokenizer FOLDER --kernels 30
+    python benchmarks/train_gpu.py one base 128 --data FOLDER/medquad.jsonl --tokenizer FOLDER --kernels 30
 
-`table` runs every line of `LINES` for every trainer in turn, each in a process of its own, and prints the ratios;
-FOLDER holds JSONL files with anchor and positive, named as in `LINES`. Models have random weights in real shapes.
+`table` runs every line of `LINES` by one trainer after the other, each in a process of its own (once a profiler has
+run, launches may be slower), and prints the ratios; FOLDER holds JSONL files with anchor and positive, named as in
+`LINES`. Models have random weights in real shapes.
 
 `st` is sentence-transformers padded, in bfloat16 autocast; `st-fa2` the same on a bfloat16 base with FlashAttention-2
 and without padding, which needs the package flash-attn or anything that offers its functions.
@@ -48,16 +49,16 @@ VOCABULARY = 30522
 BERT_SHAPES = {"minilm": (6, 384, 12, 1536), "base": (12, 768, 12, 3072), "large": (24, 1024, 16, 4096)}
 PROFILED_STEPS = 6
 
-LINES: tuple[tuple[str, int, str, str], ...] = (
-    ("base", 128, "medquad", "--r 16"),
-    ("base", 128, "nl2bash", "--r 16"),
-    ("large", 8, "synthetic", "--r 8"),
-    ("qwen3", 32, "medquad", "--r 32"),
-    ("mpnet", 128, "medquad", "--r 16"),
-    ("modernbert", 64, "scifact", "--r 16 --length 1024"),
-    ("minilm", 256, "nl2bash", "--full"),
+LINES: tuple[tuple[str, int, str, str, str], ...] = (
+    ("base", 128, "medquad", "--r 16", "st-fa2"),
+    ("base", 128, "nl2bash", "--r 16", "st-fa2"),
+    ("large", 8, "synthetic", "--r 8", "st-fa2"),
+    ("qwen3", 32, "medquad", "--r 32", "st-fa2"),
+    ("mpnet", 128, "medquad", "--r 16", "st"),
+    ("modernbert", 64, "scifact", "--r 16 --length 1024", "st-fa2"),
+    ("minilm", 256, "nl2bash", "--full", "st-fa2"),
 )
-"""Model, pairs a batch, data, and the rest."""
+"""Model, pairs a batch, data, the rest, and the fastest peer: transformers has no FlashAttention for MPNet."""
 
 
 class Clock(TrainerCallback):
@@ -104,7 +105,9 @@ class Clock(TrainerCallback):
 
 
 def make_model(size: str, tokenizer_dir: str, length: int, folder: str) -> None:
-    """Save random weights in a real shape as a sentence-transformers folder."""
+    """Save random weights in a real shape as a sentence-transformers folder, unless it is there already."""
+    if Path(folder, "modules.json").exists():
+        return
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.model_max_length = length
@@ -167,12 +170,12 @@ def read_pairs(path: str, count: int) -> Dataset:
     return Dataset.from_dict(rows[[index % len(rows) for index in range(count)]])
 
 
-def arguments(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What both trainers are told."""
+def arguments(folder: str, batch: int, steps: int) -> dict[str, Any]:
+    """What every trainer is told."""
     return {
         "output_dir": folder,
-        "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
         "learning_rate": 2e-5,
         "bf16": True,
         "tf32": True,
@@ -186,26 +189,33 @@ def arguments(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Train one model by one trainer and print a RESULT line."""
-    clock = Clock(options.steps - PROFILED_STEPS, profile_host=bool(options.host))
+    """Train a model by one trainer and print a RESULT line."""
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.size, options.tokenizer, options.length, folder)
-        model = load(options.trainer, folder, options)
-        data = read_pairs(options.data, min(options.batch * options.steps, 60_000))
-        loss: Any = MultipleNegativesRankingLoss(model)
-        if options.cached:
-            loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=options.cached)
-        settings: dict[str, Any] = {"model": model, "train_dataset": data, "loss": loss, "callbacks": [clock]}
-        if options.trainer == "embtune":
-            own = {"compile": options.compile, "cuda_graphs": options.cuda_graphs, "fused_kernels": not options.unfused}
-            args = embtune.SentenceTransformerTrainingArguments(**arguments(folder, options), **own)
-            trainer: Any = embtune.SentenceTransformerTrainer(args=args, **settings)
-        else:
-            args = SentenceTransformerTrainingArguments(**arguments(folder, options))
-            trainer = SentenceTransformerTrainer(args=args, **settings)
-        torch.cuda.reset_peak_memory_stats()
-        clock.begun = time.perf_counter()
-        trainer.train()
+        make_model(options.size, options.tokenizer, options.length, options.model or folder)
+        measure_in(folder, options)
+
+
+def measure_in(folder: str, options: argparse.Namespace) -> None:
+    """Train the model that was saved for it."""
+    name, steps = options.trainer, options.steps
+    clock = Clock(steps - PROFILED_STEPS, profile_host=bool(options.host))
+    model = load(name, options.model or folder, options)
+    data = read_pairs(options.data, min(options.batch * steps, 60_000))
+    loss: Any = MultipleNegativesRankingLoss(model)
+    if options.cached:
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=options.cached)
+    settings: dict[str, Any] = {"model": model, "train_dataset": data, "loss": loss, "callbacks": [clock]}
+    told = arguments(folder, options.batch, steps)
+    if name == "embtune":
+        own = {"compile": options.compile, "cuda_graphs": options.cuda_graphs, "fused_kernels": not options.unfused}
+        args = embtune.SentenceTransformerTrainingArguments(**told, **own)
+        trainer: Any = embtune.SentenceTransformerTrainer(args=args, **settings)
+    else:
+        args = SentenceTransformerTrainingArguments(**told)
+        trainer = SentenceTransformerTrainer(args=args, **settings)
+    torch.cuda.reset_peak_memory_stats()
+    clock.begun = time.perf_counter()
+    trainer.train()
     if clock.host is not None:
         for order in ("tottime", "cumtime"):
             pstats.Stats(clock.host).sort_stats(order).print_stats(options.host)
@@ -213,10 +223,11 @@ def measure(options: argparse.Namespace) -> None:
     kernels = clock.kernels()
     for name, (launches, ms) in sorted(kernels.items(), key=lambda item: -item[1][1])[: options.kernels]:
         print(f"{ms:8.3f} ms {launches:7.1f} x {name[:110]}")
-    print("RESULT " + json.dumps(row_of(options, model, data, clock, kernels)), flush=True)
+    print("RESULT " + json.dumps(row_of(name, options, model, data, clock, kernels)), flush=True)
 
 
 def row_of(
+    trainer: str,
     options: argparse.Namespace,
     model: SentenceTransformer,
     data: Dataset,
@@ -239,7 +250,7 @@ def row_of(
     # Forward, and backward for activations; with all weights trained, for them as well.
     tera = (6 if options.full else 4) * sum(matrices) * tokens / 1e12
     return {
-        "trainer": options.trainer,
+        "trainer": trainer,
         "size": options.size,
         "full": options.full,
         "batch": options.batch,
@@ -275,44 +286,44 @@ def matrix_rate() -> float:
 
 
 def table(options: argparse.Namespace) -> None:
-    """All lines by all trainers; rows are written as they come."""
+    """All lines; rows are written as they come."""
     machine, rate = describe_machine(), round(matrix_rate(), 1)
     torch.cuda.empty_cache()
     print(f"{machine['device']}: {rate} TFLOP/s in a large bfloat16 product", flush=True)
-    for size, batch, data, others in LINES:
-        found: dict[str, dict[str, Any]] = {}
-        for trainer in options.trainers:
-            if (size, trainer) == ("mpnet", "st-fa2"):
-                continue  # transformers has no FlashAttention for MPNet
-            steps = options.steps if trainer == "embtune" else options.peer_steps
-            where = ["--data", f"{options.data}/{data}.jsonl", "--tokenizer", options.tokenizer, "--steps", str(steps)]
-            command = [sys.executable, __file__, "one", trainer, size, str(batch), *where, *others.split()]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-            if not results:
-                print(f"{trainer} {size} {data} failed: {run.stderr[-400:]}", flush=True)
-                continue
-            found[trainer] = json.loads(results[0].removeprefix("RESULT "))
-            found[trainer]["matrix_share"] = round(found[trainer]["useful_tflops"] / rate, 3)
-        ours = found.get("embtune")
-        for trainer, row in found.items():
-            if ours is not None and trainer != "embtune":
-                row["times_slower_than_embtune"] = round(row["median_ms"] / ours["median_ms"], 2)
-            print(json.dumps(row), flush=True)
-            whole = {"date": date.today().isoformat(), "benchmark": "train_gpu", **row, "matrix_tflops": rate}
-            with Path(options.out).open("a") as file:
-                file.write(json.dumps({**whole, "machine": machine}) + "\n")
+    for size, batch, data, others, fastest_peer in LINES:
+        trainers = ["embtune", fastest_peer, *(["st"] if options.all_peers and fastest_peer != "st" else [])]
+        ours: float | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            for trainer in trainers:
+                steps = options.steps if trainer == "embtune" else options.peer_steps
+                line = [size, str(batch), *others.split(), "--trainer", trainer, "--steps", str(steps)]
+                where = ["--data", f"{options.data}/{data}.jsonl", "--tokenizer", options.tokenizer, "--model", folder]
+                command = [sys.executable, __file__, "one", *line, *where]
+                run = subprocess.run(command, capture_output=True, text=True, check=False)
+                results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+                if not results:
+                    print(f"{trainer} {size} {data} failed: {run.stderr[-600:]}", flush=True)
+                    continue
+                row = json.loads(results[0].removeprefix("RESULT "))
+                row["matrix_share"] = round(row["useful_tflops"] / rate, 3)
+                ours = row["median_ms"] if trainer == "embtune" else ours
+                if ours is not None:
+                    row["times_slower_than_embtune"] = round(row["median_ms"] / ours, 2)
+                print(json.dumps(row), flush=True)
+                whole = {"date": date.today().isoformat(), "benchmark": "train_gpu", **row, "matrix_tflops": rate}
+                with Path(options.out).open("a") as file:
+                    file.write(json.dumps({**whole, "machine": machine}) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    one = verbs.add_parser("one", help="one workload by one trainer")
+    one = verbs.add_parser("one", help="one workload")
     one.set_defaults(run=measure)
-    one.add_argument("trainer", choices=TRAINERS)
     one.add_argument("size", choices=[*BERT_SHAPES, "mpnet", "modernbert", "qwen3"])
     one.add_argument("batch", type=int)
-    one.add_argument("--steps", type=int, default=60)
+    one.add_argument("--trainer", choices=TRAINERS, default="embtune")
+    one.add_argument("--model", help="folder where the model is, or is put for the next trainer")
     one.add_argument("--engine", default="auto")
     one.add_argument("--r", type=int, default=16)
     one.add_argument("--length", type=int, default=512)
@@ -325,11 +336,11 @@ def main() -> None:
     one.add_argument("--host", type=int, default=0, help="print the Python functions that took longest instead")
     several = verbs.add_parser("table", help="every line by every trainer")
     several.set_defaults(run=table)
-    several.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
-    several.add_argument("--steps", type=int, default=66, help="of embtune, the profiled ones included")
     several.add_argument("--peer-steps", type=int, default=36, help="of the others")
+    several.add_argument("--all-peers", action="store_true", help="padded sentence-transformers on every line")
     several.add_argument("--out", required=True, help="JSONL file to add rows to")
     for each in (one, several):
+        each.add_argument("--steps", type=int, default=66, help="of `table`: of embtune; the profiled ones included")
         each.add_argument("--data", required=True, help="JSONL with anchor and positive; of `table`, their folder")
         each.add_argument("--tokenizer", required=True, help="folder of a WordPiece tokenizer")
     options = parser.parse_args()
