@@ -122,7 +122,8 @@ def test_fused_models_are_as_near_to_float32_as_the_originals(model_type: str) -
             states, gradient = embed(model_type, dtype, fused, autocast)
             errors.append(((states - truth).norm(), (gradient - true_gradient).norm(), states.dtype))
         (fused_error, fused_gradient_error, fused_dtype), (error, gradient_error, original_dtype) = errors
-        assert fused_dtype == original_dtype
+        # The residual stream of a pre-norm model in half precision becomes float32.
+        assert fused_dtype in (original_dtype, torch.float32)
         assert fused_error <= 1.25 * error
         assert fused_gradient_error <= 1.25 * gradient_error
 
