@@ -32,10 +32,8 @@ class _FusedAttention(nn.Module):
     """Projections, rotary embeddings, the attention function that the config names, output projection."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        angles, attend = (
-            kwargs.get("position_embeddings"),
-            ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation),
-        )
+        angles = kwargs.get("position_embeddings")
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         if args or attend is None or angles is None or not self._turns(hidden_states, angles[0]):
             if angles is not None and is_half(hidden_states):
                 kwargs["position_embeddings"] = tuple(each.to(hidden_states.dtype) for each in angles)
