@@ -37,8 +37,12 @@ class Siblings:
 
     def output(self, member: "FusedLoraLinear", states: Tensor) -> Tensor:
         """What `member` makes of `states`: computed before, when another was called with the same tensor, or now."""
-        place = next(index for index, each in enumerate(self.members) if each is member)
+        place = next((index for index, each in enumerate(self.members) if each is member), None)
+        if place is None:  # a replica that nn.DataParallel made
+            return _compute(states, [member.adapted()])[0]
         if self._input is not states or place not in self._outputs:
+            if not all(each.is_fusable(states) for each in self.members):
+                return _compute(states, [member.adapted()])[0]
             outputs = _compute(states, [each.adapted() for each in self.members])
             self._input, self._outputs = states, dict(enumerate(outputs))
         output = self._outputs.pop(place)
@@ -57,13 +61,10 @@ class FusedLoraLinear(Linear):
         """x [..., C] to [..., D], as PEFT's own."""
         if args or kwargs or not self.is_fusable(x):
             return super().forward(x, *args, **kwargs)
-        siblings = self.siblings
-        # A replica that nn.DataParallel makes is no member; compiled code cannot follow outputs kept for later.
-        if siblings is None or torch.compiler.is_compiling() or all(each is not self for each in siblings.members):
+        # Compiled code cannot follow outputs kept for later.
+        if self.siblings is None or torch.compiler.is_compiling():
             return _compute(x, [self.adapted()])[0]
-        if not all(each.is_fusable(x) for each in siblings.members):
-            return _compute(x, [self.adapted()])[0]
-        return siblings.output(self, x)
+        return self.siblings.output(self, x)
 
     def is_fusable(self, x: Tensor) -> bool:
         """Whether the layer in its present state, and for this input, is one that the fused product computes."""

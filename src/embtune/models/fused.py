@@ -33,6 +33,7 @@ from embtune.models.fused_attention import ATTENTION, ROTARY
 from embtune.models.fused_checks import is_own, is_plain_norm, is_whole, serve
 from embtune.models.fused_norms import RMS_NORMS, FusedGemma3RMSNorm, WideLayerNorm
 from embtune.models.fused_prenorm import LAYERS, can_widen, ends_of_streams
+from embtune.models.swaps import give_classes_back
 
 _ACTIVATIONS = {
     type(ACT2FN["silu"]): "silu",
@@ -41,8 +42,11 @@ _ACTIVATIONS = {
 }
 
 
-def _is_plain_dropout(dropout: nn.Module) -> bool:
-    return is_own(dropout, nn.Dropout) and dropout.p < 1
+def _ends_plainly(module: Any, states: Tensor) -> bool:
+    """Whether dropout, residual and LayerNorm at the end of a module are what the kernel computes for these states."""
+    dropout = module.dropout
+    plain = is_plain_norm(module.LayerNorm, nn.LayerNorm) and is_own(dropout, nn.Dropout) and dropout.p < 1
+    return serve(states) and plain
 
 
 def _add_norm(hidden: Tensor, residual: Tensor, norm: nn.Module, dropout: nn.Module | None = None) -> Tensor:
@@ -56,9 +60,7 @@ class _DenseAddNorm(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual)."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if not (
-            serve(input_tensor) and is_plain_norm(self.LayerNorm, nn.LayerNorm) and _is_plain_dropout(self.dropout)
-        ):
+        if not _ends_plainly(self, input_tensor):
             return super().forward(hidden_states, input_tensor)
         return _add_norm(self.dense(hidden_states), input_tensor, self.LayerNorm, self.dropout)
 
@@ -113,9 +115,7 @@ class FusedMPNetOutput(_DenseAddNorm, MPNetOutput): ...
 
 class FusedMPNetAttention(MPNetAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        if not (
-            serve(hidden_states) and is_plain_norm(self.LayerNorm, nn.LayerNorm) and _is_plain_dropout(self.dropout)
-        ):
+        if not _ends_plainly(self, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         attended, *others = self.attn(hidden_states, *args, **kwargs)
         return _add_norm(attended, hidden_states, self.LayerNorm, self.dropout), *others
@@ -219,8 +219,4 @@ def fuse_elementwise(backbone: nn.Module) -> list[str]:
 
 def unfuse_elementwise(backbone: nn.Module) -> None:
     """Give every fused module its own class back."""
-    swaps = {**_SWAPS, **ATTENTION, **ROTARY, **LAYERS, nn.LayerNorm: WideLayerNorm}
-    originals = {subclass: original for original, subclass in swaps.items()}
-    for module in backbone.modules():
-        if type(module) in originals:
-            module.__class__ = originals[type(module)]
+    give_classes_back(backbone, {**_SWAPS, **ATTENTION, **ROTARY, **LAYERS, nn.LayerNorm: WideLayerNorm})

@@ -4,6 +4,7 @@ Every swap is `module.__class__ = Subclass`, so parameters, names, deep copies, 
 stay as they were, and assigning the original class undoes it. A batch without a `PackedMask` takes the original way.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -181,8 +182,13 @@ def has_swaps(backbone: nn.Module) -> bool:
 
 
 def undo_swaps(backbone: nn.Module) -> None:
-    """Give every swapped module its own class back."""
-    originals = {subclass: original for original, subclass in _SWAPS.items()}
+    """Give every module whose attention was swapped its own class back."""
+    give_classes_back(backbone, _SWAPS)
+
+
+def give_classes_back(backbone: nn.Module, swaps: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Undo swaps, given as original class -> subclass, on every module of a backbone."""
+    originals = {subclass: original for original, subclass in swaps.items()}
     for module in backbone.modules():
         if type(module) in originals:
             module.__class__ = originals[type(module)]

@@ -159,7 +159,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
         """As sentence-transformers makes it, with texts that are token ids already where that gives the same."""
         if getattr(self.model, "packs", False):
-            fall_back_for(self.loss.values() if isinstance(self.loss, dict) else [self.loss], self.model)
+            fall_back_for(self._losses, self.model)
         self._kind_of_loader = dataset_kind
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         with self.args.main_process_first(desc="tokenising"):
@@ -173,6 +173,10 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
             save_loss_weights(self._loss_module(), self.model, Path(output_dir))
+
+    @property
+    def _losses(self) -> list[nn.Module]:
+        return list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
 
     def _loss_module(self) -> nn.Module:
         return nn.Sequential(OrderedDict(self.loss)) if isinstance(self.loss, dict) else self.loss
@@ -194,8 +198,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         if isinstance(self.train_dataset, Dataset | DatasetDict):
             evaluation = self.eval_dataset if isinstance(self.eval_dataset, Dataset | DatasetDict) else None
             check_training_data(self.train_dataset, evaluation, batch_size=self.args.train_batch_size)
-        losses = list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
-        for loss in losses:
+        for loss in self._losses:
             warn_about_accumulation(self.args.gradient_accumulation_steps, loss)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
