@@ -34,7 +34,9 @@ def angles(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def gradients(outs: tuple[Tensor, ...], parts: list[Tensor]) -> tuple[Tensor, ...]:
-    weights = [torch.linspace(-1, 1, out.numel(), device="cuda", dtype=torch.float64).mul(1e3).sin() for out in outs]
+    # Eighths are the same number in every dtype: what would be rounded here does not cancel in a sum over rows.
+    counts = [torch.arange(out.numel(), device="cuda") for out in outs]
+    weights = [count.mul(7919).remainder(10007).remainder(17).sub(8) / 8 for count in counts]
     return torch.autograd.grad(
         outs, parts, [each.view(out.shape).to(out.dtype) for each, out in zip(weights, outs, strict=True)]
     )
