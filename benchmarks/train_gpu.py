@@ -73,7 +73,7 @@ class Clock(TrainerCallback):
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self.host = cProfile.Profile() if profile_host else None
 
-    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the end of a step."""
         if state.global_step == 1:
             torch.cuda.synchronize()
@@ -86,6 +86,7 @@ class Clock(TrainerCallback):
             self.total_s = time.perf_counter() - self.begun
             self.host.enable() if self.host is not None else self.profile.start()
         if state.global_step == self.timed_steps + PROFILED_STEPS:
+            control.should_training_stop = True
             torch.cuda.synchronize()
             self.host.disable() if self.host is not None else self.profile.stop()
 
@@ -145,7 +146,11 @@ def load(trainer: str, folder: str, options: argparse.Namespace) -> SentenceTran
     """The model, with adapters unless all weights are trained."""
     if trainer == "embtune":
         model = embtune.FastSentenceTransformer.from_pretrained(
-            folder, max_seq_length=options.length, engine=options.engine, full_finetuning=options.full
+            folder,
+            max_seq_length=options.length,
+            engine=options.engine,
+            full_finetuning=options.full,
+            use_gradient_checkpointing=options.checkpointing,
         )
         if not options.full:
             model = embtune.FastSentenceTransformer.get_peft_model(model, r=options.r, lora_alpha=2 * options.r)
@@ -170,11 +175,11 @@ def read_pairs(path: str, count: int) -> Dataset:
     return Dataset.from_dict(rows[[index % len(rows) for index in range(count)]])
 
 
-def arguments(folder: str, batch: int, steps: int) -> dict[str, Any]:
-    """What every trainer is told."""
+def arguments(folder: str, batch: int, steps: int, planned: int) -> dict[str, Any]:
+    """What every trainer is told; `planned` steps, of which the clock lets `steps` happen."""
     return {
         "output_dir": folder,
-        "max_steps": steps,
+        "max_steps": max(steps, planned),
         "per_device_train_batch_size": batch,
         "learning_rate": 2e-5,
         "bf16": True,
@@ -205,9 +210,9 @@ def measure_in(folder: str, options: argparse.Namespace) -> None:
     if options.cached:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=options.cached)
     settings: dict[str, Any] = {"model": model, "train_dataset": data, "loss": loss, "callbacks": [clock]}
-    told = arguments(folder, options.batch, steps)
+    told = arguments(folder, options.batch, steps, options.planned)
     if name == "embtune":
-        own = {"compile": options.compile, "cuda_graphs": options.cuda_graphs, "fused_kernels": not options.unfused}
+        own = {"compile": options.compile, "cuda_graphs": options.cuda_graphs, "fused_kernels": options.fused_kernels}
         args = embtune.SentenceTransformerTrainingArguments(**told, **own)
         trainer: Any = embtune.SentenceTransformerTrainer(args=args, **settings)
     else:
@@ -256,6 +261,7 @@ def row_of(
         "batch": options.batch,
         "data": Path(options.data).stem,
         "cached": options.cached,
+        "checkpointing": options.checkpointing,
         "median_ms": round(median, 2),
         "mean_ms": round(statistics.mean(steps), 2),
         "pairs_per_s": round(1e3 * options.batch / median, 1),
@@ -291,6 +297,8 @@ def table(options: argparse.Namespace) -> None:
     torch.cuda.empty_cache()
     print(f"{machine['device']}: {rate} TFLOP/s in a large bfloat16 product", flush=True)
     for size, batch, data, others, fastest_peer in LINES:
+        if options.only and f"{size}:{data}" not in options.only:
+            continue
         trainers = ["embtune", fastest_peer, *(["st"] if options.all_peers and fastest_peer != "st" else [])]
         ours: float | None = None
         with tempfile.TemporaryDirectory() as folder:
@@ -323,6 +331,9 @@ def main() -> None:
     one.add_argument("size", choices=[*BERT_SHAPES, "mpnet", "modernbert", "qwen3"])
     one.add_argument("batch", type=int)
     one.add_argument("--trainer", choices=TRAINERS, default="embtune")
+    one.add_argument(
+        "--planned", type=int, default=1000, help="steps that the trainer is told of, and stopped long before"
+    )
     one.add_argument("--model", help="folder where the model is, or is put for the next trainer")
     one.add_argument("--engine", default="auto")
     one.add_argument("--r", type=int, default=16)
@@ -330,7 +341,9 @@ def main() -> None:
     one.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     one.add_argument("--cuda-graphs", default="auto", help="as in the training arguments")
     one.add_argument("--compile", default="auto", help="as in the training arguments")
-    one.add_argument("--unfused", action="store_true", help="fused_kernels=False")
+    kinds = {"none": None, "whole": True, "selective": "selective"}
+    one.add_argument("--checkpointing", type=kinds.get, help=f"of embtune: {', '.join(kinds)}")
+    one.add_argument("--fused-kernels", default="auto", help="as in the training arguments")
     one.add_argument("--cached", type=int, default=0, help="the cached loss with mini-batches of this size")
     one.add_argument("--kernels", type=int, default=0, help="print the kernels that took longest, so many of them")
     one.add_argument("--host", type=int, default=0, help="print the Python functions that took longest instead")
@@ -338,6 +351,7 @@ def main() -> None:
     several.set_defaults(run=table)
     several.add_argument("--peer-steps", type=int, default=36, help="of the others")
     several.add_argument("--all-peers", action="store_true", help="padded sentence-transformers on every line")
+    several.add_argument("--only", nargs="+", help="of the lines, such as base:medquad")
     several.add_argument("--out", required=True, help="JSONL file to add rows to")
     for each in (one, several):
         each.add_argument("--steps", type=int, default=66, help="of `table`: of embtune; the profiled ones included")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from embtune.accelerate.graphs import EncoderGraphs
@@ -23,6 +24,7 @@ TinyDir = Callable[..., Path]
 def load(folder: Path, **settings: object) -> FastSentenceTransformer:
     model = FastSentenceTransformer.from_pretrained(folder, device="cuda", dtype="bfloat16", engine="packed")
     model = FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8, **settings)
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -102,7 +104,10 @@ def test_shapes_are_bounded(tiny_dir: TinyDir) -> None:
 
 
 def train(folder: Path, out: Path, **settings: object) -> list[float]:
-    model = load(folder)
+    model = load(folder, use_gradient_checkpointing=settings.pop("checkpointing", None))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a replay draws other numbers
     texts = [f"text {i} " + "word " * (i % 40) for i in range(256)]
     data = Dataset.from_dict({"anchor": texts, "positive": [text[::-1] for text in texts]})
     cached = settings.pop("cached", False)
@@ -127,13 +132,94 @@ def train(folder: Path, out: Path, **settings: object) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"cached": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation_steps": 2}, {"cached": True}, {"fused_kernels": "always"}]
+)
 def test_training_with_graphs_is_training(settings: dict[str, object], tiny_dir: TinyDir, tmp_path: Path) -> None:
     folder = tiny_dir("distilbert")
     with_graphs = train(folder, tmp_path / "graphs", cuda_graphs="always", **settings)
     without = train(folder, tmp_path / "plain", cuda_graphs="never", **settings)
     assert with_graphs == pytest.approx(without, rel=0.05)
     assert with_graphs[-1] < with_graphs[0]
+
+
+@pytest.mark.parametrize("kernels", ["never", "always"])
+def test_selective_checkpointing_is_recorded_too(kernels: str, tiny_dir: TinyDir, tmp_path: Path) -> None:
+    settings = {"cuda_graphs": "always", "fused_kernels": kernels}
+    recomputing = train(tiny_dir("bert"), tmp_path / "one", checkpointing="selective", **settings)
+    assert recomputing == pytest.approx(train(tiny_dir("bert"), tmp_path / "other", **settings), rel=0.01)
+
+
+def test_dropout_is_the_same_when_it_is_recomputed(tiny_dir: TinyDir) -> None:
+    model = load(tiny_dir("bert"), use_gradient_checkpointing="selective").train()
+    graphs, trained = graphs_of(model)
+    same = load(tiny_dir("bert")).train()
+    others, trained_too = graphs_of(same)
+    [row] = rows(1)
+    found = []
+    for graph, parameters in ((graphs, trained), (others, trained_too)):
+        torch.manual_seed(5)
+        graph(row).square().sum().backward()
+        found.append(gradients(parameters))
+    assert (found[0] - found[1]).norm() <= 0.01 * found[1].norm()
+
+
+def arguments(out: Path, **settings: object) -> SentenceTransformerTrainingArguments:
+    plain = {"per_device_train_batch_size": 16, "bf16": True, "save_strategy": "no", "report_to": "none"}
+    return SentenceTransformerTrainingArguments(str(out), disable_tqdm=True, **{**plain, **settings})
+
+
+class NoWaiting(TrainerCallback):
+    """Makes every wait for the device an error, but in the first steps and in those that log."""
+
+    def __init__(self) -> None:
+        self.watched = 0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        watched = state.global_step >= 4 and (state.global_step + 1) % args.logging_steps != 0
+        self.watched += watched
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+
+
+def test_the_trainer_waits_for_the_device_only_where_it_logs(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    model = load(tiny_dir("bert"))
+    texts = [f"text number {i:03}" for i in range(320)]
+    data = Dataset.from_dict({"anchor": texts, "positive": texts[::-1]})
+    watch = NoWaiting()
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path, num_train_epochs=1, logging_steps=5),
+        train_dataset=data,
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=[watch],
+    )
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.watched == 12
+
+
+def test_a_short_run_does_not_compile_and_a_later_one_remembers(
+    tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    data = Dataset.from_dict({"anchor": [f"a {i}" for i in range(64)], "positive": [f"p {i}" for i in range(64)]})
+
+    def train_with(mode: str) -> FastSentenceTransformer:
+        model = load(tiny_dir("bert"))
+        args = arguments(tmp_path, max_steps=3, fused_kernels=mode)
+        loss = MultipleNegativesRankingLoss(model)
+        SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss).train()
+        return model
+
+    assert not train_with("auto").engine.triton
+    assert not list((tmp_path / "cache").glob("embtune-*"))
+    assert train_with("always").engine.triton
+    assert len(list((tmp_path / "cache").glob("embtune-*"))) == 1
+    assert train_with("auto").engine.triton
 
 
 def test_a_step_that_does_not_log_never_waits_for_the_device(tiny_dir: TinyDir) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtune.accelerate.row_sizes import UNKNOWN
 from embtune.errors import EmbtuneWarning
 from embtune.packing.attention import TILES_LENGTH
 from embtune.packing.row import PackedRow
@@ -84,7 +85,7 @@ class EncoderGraphs:
         parameters: those that are trained.
         autocast: the dtype of `torch.autocast` in the pass, or None.
         limit: shapes recorded at most; rows of further ones are left to the caller.
-        step: rows are filled up to a multiple of so many tokens.
+        step: rows are filled up to a multiple of so many tokens; may be set anew before the first row.
         strict: whether a pass that cannot be recorded is an error, or a warning after which every row is left to the
             caller.
     """
@@ -96,7 +97,7 @@ class EncoderGraphs:
         *,
         autocast: torch.dtype | None = None,
         limit: int = 16,
-        step: int = 1024,
+        step: int = UNKNOWN,
         strict: bool = True,
     ) -> None:
         self._embed = embed
@@ -104,7 +105,7 @@ class EncoderGraphs:
         self._autocast = autocast
         self._limit = limit
         self._strict = strict
-        self._step = step
+        self.step = step
         self._recordings: dict[Shape, _Recording] = {}
         self._accumulated = [torch.empty_like(parameter) for parameter in self._parameters]
         self._pool = torch.cuda.graph_pool_handle()
@@ -123,12 +124,14 @@ class EncoderGraphs:
         """
         if not torch.is_grad_enabled() or (self._ticket is not None and self._ticket() is not None):
             return None  # or a forward still waits for its backward, whose states this one would overwrite
-        shape = Shape.of(row.lengths, self._step)
+        shape = Shape.of(row.lengths, self.step)
         if shape not in self._recordings:
             if len(self._recordings) >= self._limit:
                 return None
             try:
-                self._recordings[shape] = self._record(row, shape)
+                # What recording draws must not show in later steps: a resumed run records again, and drops the same.
+                with torch.random.fork_rng([row.tokens_3T.device]):
+                    self._recordings[shape] = self._record(row, shape)
             except RuntimeError as error:
                 if self._strict:
                     raise

@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from embtune.models.checkpointing import describe_gradient_checkpointing
+from embtune.models.checkpointing import describe_gradient_checkpointing, is_selective
 from embtune.models.engine import Engine
 from embtune.packing.layout import bounds_mask, flash_mask
 from embtune.packing.pool import POOLING_MODES, pool
@@ -33,8 +33,12 @@ def why_not_recordable(
         return "its attention is computed for groups of texts, which differ from batch to batch"
     if torch.distributed.is_initialized():
         return "several processes share their gradients"
-    if checkpointing or describe_gradient_checkpointing(model[0].model) != "off":
-        return "gradient checkpointing asks for the state of the random numbers in the middle of a pass"
+    recomputes = describe_gradient_checkpointing(model[0].model) != "off" and not is_selective(model[0].model)
+    if checkpointing or recomputes:
+        return (
+            "recomputing whole layers asks for the state of the random numbers in the middle of a pass "
+            '(use_gradient_checkpointing="selective" does not)'
+        )
     for module in model:
         if isinstance(module, Pooling) and (module.pooling_mode not in POOLING_MODES or not module.include_prompt):
             return (

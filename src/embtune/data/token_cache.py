@@ -62,6 +62,11 @@ class TokenColumn:
         row %= ROWS
         return values[offsets[row] : offsets[row + 1]]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text [rows]."""
+        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int64)])
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers that are started anew open the file, instead of being sent what is in it.
         return (_open, (self._path,)) if self._path else (TokenColumn, (self._batches,))

@@ -47,6 +47,21 @@ def plain_low_rank_linears(x_TC: Tensor, layers: Sequence[LowRankLinear]) -> tup
     )
 
 
+# One operator, so that checkpointing can keep its result: that of an operation in place it could not.
+@torch.library.custom_op("embtune::adapted_linear", mutates_args=())
+def _adapted_linear(x_TC: Tensor, weight_DC: Tensor, bias_D: Tensor | None, low_TR: Tensor, b_DR: Tensor) -> Tensor:
+    return F.linear(x_TC, weight_DC, bias_D).addmm_(low_TR, b_DR.T)
+
+
+@_adapted_linear.register_fake
+def _like_a_linear(x_TC: Tensor, weight_DC: Tensor, *_: Tensor | None) -> Tensor:
+    return x_TC.new_empty(len(x_TC), len(weight_DC))
+
+
+ADAPTED_LINEAR = torch.ops.embtune.adapted_linear.default
+"""The operator, by which those that watch what PyTorch computes know it."""
+
+
 class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, scalings: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +78,7 @@ class _LowRankLinears(torch.autograd.Function):
         low_TR = x_TC @ scaled_a_RC.T
         outputs = []
         for weight_DC, bias_D, b_DR, low_Tr in zip(weights, biases, b_s, low_TR.split(ranks, dim=1), strict=True):
-            outputs.append(F.linear(x_TC, weight_DC, bias_D).addmm_(low_Tr, b_DR.T))
+            outputs.append(_adapted_linear(x_TC, weight_DC, bias_D, low_Tr, b_DR))
         ctx.save_for_backward(x_TC, low_TR, scaled_a_RC, *b_s, *weights)
         return tuple(outputs)
 

@@ -211,3 +211,6 @@ def _backward(ctx: Any, out_grad: Tensor, _lse_grad: None) -> tuple[Tensor | Non
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
+
+ROW_ATTENTION = torch.ops.embtune.row_attention.default
+"""The operator of the forward pass, by which those that watch what PyTorch computes know it."""

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from embtune.errors import ArgumentError, ModelError
 from embtune.models.families import encoder_layers, family_of, unwrapped
+from embtune.models.selective import selective_contexts
 
 
 class CheckpointedLayer(GradientCheckpointingLayer):
@@ -66,7 +67,8 @@ def enable_gradient_checkpointing(backbone: nn.Module, kind: bool | str | None =
 
     Args:
         backbone: a transformers model, PEFT-wrapped or not.
-        kind: True or `"unsloth"` (the same here) switch it on; False or None switch it off.
+        kind: True or `"unsloth"` (the same here) recompute whole layers; `"selective"` recomputes what is cheap and
+            keeps the results of products and attention; False or None switch it off.
 
     Raises:
         ArgumentError: `kind` is something else.
@@ -75,11 +77,15 @@ def enable_gradient_checkpointing(backbone: nn.Module, kind: bool | str | None =
     if kind is None or kind is False:
         disable_gradient_checkpointing(backbone)
         return
-    if kind is not True and kind != "unsloth":
-        raise ArgumentError(f'use_gradient_checkpointing={kind!r} is not known; use True, "unsloth", False or None.')
+    if kind is not True and kind not in ("unsloth", "selective"):
+        raise ArgumentError(
+            f'use_gradient_checkpointing={kind!r} is not known; use True, "unsloth", "selective", False or None.'
+        )
     make_checkpointable(backbone)
     bare = unwrapped(backbone)
-    settings = {"use_reentrant": False}
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        settings |= {"context_fn": selective_contexts, "preserve_rng_state": False}
     if hasattr(bare, "activation_checkpointing_enable"):
         bare.activation_checkpointing_enable(settings)
     else:
@@ -115,7 +121,15 @@ def describe_gradient_checkpointing(backbone: nn.Module) -> str:
     if not layers:
         return "off"
     by = "by embtune (transformers has none)" if isinstance(layers[0], CheckpointedLayer) else "by transformers"
-    return f"on, {by}: {len(layers)} × {type(layers[0]).__name__} recomputed in the backward pass"
+    what = "recomputed in the backward pass" if not is_selective(backbone) else "recomputed but for their products"
+    return f"on, {by}: {len(layers)} × {type(layers[0]).__name__} {what}"
+
+
+def is_selective(backbone: nn.Module) -> bool:
+    """Whether every layer that is recomputed keeps what was dear to compute, as `"selective"` has it."""
+    layers: list[Any] = _checkpointing_layers(unwrapped(backbone))
+    settings = [getattr(layer._gradient_checkpointing_func, "keywords", {}) for layer in layers]
+    return bool(layers) and all(each.get("context_fn") is selective_contexts for each in settings)
 
 
 def _checkpointing_layers(bare: nn.Module) -> list[nn.Module]:

@@ -42,10 +42,14 @@ class Engine:
     """Whether the attention is one that variable-length FlashAttention computes, where device and dtype allow it."""
     tiles: bool = False
     """Whether it is one that `row_attention` computes."""
+    triton: bool = True
+    """Whether to use kernels that Triton has to compile when they are first called, where others serve as well."""
 
     def attention(self, device: torch.device, dtype: torch.dtype, longest: int) -> RowAttention:
         """What computes the attention of a row whose texts are at most `longest` tokens long."""
-        return attention.row_attention_for(device, dtype, longest, tiles=self.tiles, flash=self.flash)
+        flash = self.flash and attention.flash_serves(device, dtype)
+        tiles = self.tiles and (self.triton or not flash)
+        return attention.row_attention_for(device, dtype, longest, tiles=tiles, flash=flash)
 
     def packs(self, backbone: nn.Module) -> bool:
         """Whether batches become flat rows: not once somebody has given the backbone another attention again."""

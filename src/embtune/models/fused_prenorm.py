@@ -132,8 +132,13 @@ def ends_of_streams(backbone: nn.Module) -> list[nn.Module]:
 
 
 def can_widen(backbone: nn.Module) -> bool:
-    """Whether everything between a backbone's embeddings and its last norm takes a float32 stream."""
-    return is_whole(backbone, LAYERS) and all(
-        type(norm) in (nn.LayerNorm, WideLayerNorm) and "forward" not in vars(norm) and norm.weight is not None
-        for norm in ends_of_streams(backbone)
+    """Whether a backbone has pre-norm layers, and everything from its embeddings to its last norm takes float32."""
+    has_layers = any(isinstance(module, tuple(LAYERS)) for module in backbone.modules())
+    return (
+        has_layers
+        and is_whole(backbone, LAYERS)
+        and all(
+            type(norm) in (nn.LayerNorm, WideLayerNorm) and "forward" not in vars(norm) and norm.weight is not None
+            for norm in ends_of_streams(backbone)
+        )
     )

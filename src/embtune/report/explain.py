@@ -69,7 +69,7 @@ def _describe_backbone(backbone: nn.Module, notes: LoadNotes | None) -> list[tup
         shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         rows.append(("LoRA", f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout} on {shown}", ""))
         if any(isinstance(module, FusedLoraLinear) for module in backbone.modules()):
-            rows.append(("kernels", "fused", "by the trainer; fused_kernels=False in its arguments undoes it"))
+            rows.append(("kernels", "fused", 'by the trainer; fused_kernels="never" in its arguments undoes it'))
     return rows
 
 

@@ -7,7 +7,7 @@ import sentence_transformers
 from embtune.accelerate.breakeven import COMPILE_MODES
 from embtune.errors import ArgumentError
 
-GRAPH_MODES = ("auto", "never", "always")
+MODES = ("auto", "never", "always")
 
 
 @dataclass
@@ -40,9 +40,13 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
         default=None,
         metadata={"help": "How often an epoch goes through each of several data sets, by name; those not named: once."},
     )
-    fused_kernels: bool = field(
-        default=True,
-        metadata={"help": "On the packed engine, compute each adapted layer in few kernels instead of PEFT's several."},
+    fused_kernels: str = field(
+        default="auto",
+        metadata={
+            "help": "On the packed engine, compute adapted layers, norms, dropout, gates and rotary embeddings in few "
+            'kernels: "never", "always", or "auto": always, but without those that Triton would first have to compile '
+            "for longer than a short run gains."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
@@ -59,8 +63,9 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
             raise ArgumentError(f"compile={self.compile!r} is not known; use one of {', '.join(COMPILE_MODES)}.")
-        if self.cuda_graphs not in GRAPH_MODES:
-            raise ArgumentError(f"cuda_graphs={self.cuda_graphs!r} is not known; use one of {', '.join(GRAPH_MODES)}.")
+        for name in ("cuda_graphs", "fused_kernels"):
+            if getattr(self, name) not in MODES:
+                raise ArgumentError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(MODES)}.")
         if self.train_sampling_strategy == "group_by_length":
             raise ArgumentError(
                 'train_sampling_strategy="group_by_length" does nothing in sentence-transformers, which builds its own '

@@ -47,6 +47,11 @@ class TokenRows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(next(iter(self._texts.values())))
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row [rows], all its texts together."""
+        return np.sum([column.lengths for column in self._texts.values()], axis=0)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 

@@ -89,10 +89,13 @@ def compile_settings(trainer: "SentenceTransformerTrainer") -> dict[str, Any]:
 
 def steps_of_run(trainer: "SentenceTransformerTrainer") -> int:
     """Optimizer steps of the whole run, whether it was given in steps or in epochs."""
-    args = trainer.args
+    return planned_steps(trainer.args, trainer.train_dataset)
+
+
+def planned_steps(args: TrainingArguments, data: Dataset | DatasetDict) -> int:
+    """Optimizer steps of a run over this data."""
     if args.max_steps > 0:
         return args.max_steps
-    data = trainer.train_dataset
     rows_per_batch = args.train_batch_size * args.world_size
     # A batch holds rows of one data set.
     weights = getattr(args, "dataset_weights", None) or {}

@@ -5,11 +5,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import ConcatDataset, Dataset
 
 from embtune.accelerate.graphs import EncoderGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
+from embtune.accelerate.row_sizes import choose_row_sizes
 from embtune.errors import ArgumentError
 from embtune.packing.row import PREPARED
+from embtune.train.collator import TokenRows
 
 if TYPE_CHECKING:
     from embtune.train.trainer import SentenceTransformerTrainer
@@ -41,6 +44,16 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
     return EncoderGraphs(
         partial(embed_row, model, engine), trained, autocast=autocast, limit=SHAPES, strict=mode == "always"
     )
+
+
+def settle_row_sizes(graphs: EncoderGraphs, rows: Dataset[Any], batch: int, steps: int) -> None:
+    """Choose how far flat rows are filled up, where the lengths of the texts are known before the run; print it."""
+    parts = rows.datasets if isinstance(rows, ConcatDataset) else [rows]
+    known = [part.lengths for part in parts if isinstance(part, TokenRows)]
+    if known:
+        sizes = choose_row_sizes(known, batch, steps)
+        graphs.step = sizes.step
+        print(f"CUDA graphs: rows are {sizes.describe()}", flush=True)
 
 
 class GraphedModel:

@@ -17,21 +17,19 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from embtune.accelerate.graphs import EncoderGraphs
-from embtune.adapt.fused import fuse_lora, unfuse_lora
 from embtune.data.checks import check_training_data
 from embtune.data.columns import canonical
 from embtune.errors import ArgumentError, EmbtuneWarning
 from embtune.losses.services import fall_back_for, takes_one_pass
-from embtune.models.fused import fuse_elementwise, unfuse_elementwise
-from embtune.models.modules import transformer_modules
 from embtune.packing.columns import embed_columns_once, embed_row_once
 from embtune.packing.row import PREPARED
 from embtune.train.accumulation import warn_about_accumulation
 from embtune.train.arguments import SentenceTransformerTrainingArguments
 from embtune.train.checkpoint_folders import TRAINER_STATE_NAME, is_whole, last_whole_checkpoint
 from embtune.train.checkpoints import restore_loss_weights, restore_weights, save_loss_weights
-from embtune.train.compiling import CompileCallback, steps_taken
-from embtune.train.graphed import GraphedModel, encoder_graphs
+from embtune.train.compiling import CompileCallback, steps_of_run, steps_taken
+from embtune.train.graphed import GraphedModel, encoder_graphs, settle_row_sizes
+from embtune.train.kernels import leave_mark, settle_kernels
 from embtune.train.precision import settle_casting, settle_float16
 from embtune.train.prompts import remember_prompts
 from embtune.train.reach import refuse_unreachable
@@ -69,9 +67,10 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             args.prompts = {columns.get(name, name): prompt for name, prompt in args.prompts.items()}
         train_dataset = _with_roles(train_dataset, columns, "train_dataset")
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
+        self._kernels_mark: Path | None = None
         if model is not None and train_dataset is not None:
             settle_float16(model, args)
-            _settle_kernels(model, getattr(args, "fused_kernels", True))
+            self._kernels_mark = settle_kernels(model, args, train_dataset)
             settle_casting(model, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, loss=loss, **others
@@ -99,7 +98,10 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         kept = nullcontext() if self._graphs is None else self.model.fixed_structure()
         try:
             with kept:
-                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            if self._kernels_mark is not None:
+                leave_mark(self._kernels_mark)
+            return output
         finally:
             self._graphs = None  # and with them their memory
 
@@ -166,6 +168,8 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             loader, how = self._token_loaders.serve(loader, dataset)
         if dataset_kind == "train" and self.is_world_process_zero():
             print(f"token ids: {how}", flush=True)
+        if dataset_kind == "train" and self._graphs is not None:
+            settle_row_sizes(self._graphs, loader.dataset, batch_size, steps_of_run(self))
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -211,16 +215,6 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         checkpoint = self.state.best_model_checkpoint
         self._load_from_checkpoint(checkpoint)
         self.model.model_card_data.set_best_model_step(int(checkpoint.rpartition("-")[2]))
-
-
-def _settle_kernels(model: SentenceTransformer, fused: bool) -> None:
-    for transformer in transformer_modules(model):
-        if fused and getattr(model, "packs", False):
-            fuse_lora(transformer.model)
-            fuse_elementwise(transformer.model)
-        else:
-            unfuse_lora(transformer.model)
-            unfuse_elementwise(transformer.model)
 
 
 def _warn_of_fallback(model: SentenceTransformer) -> None:
