@@ -43,15 +43,27 @@ def settle_kernels(model: SentenceTransformer, args: TrainingArguments, data: ob
     # Elsewhere than on CUDA nothing is compiled: there Triton's kernels do not run.
     compiles = model.device.type == "cuda" and runs_triton(model.device)
     mark = _mark(model) if compiles else None
-    triton = mark is None or mode == "always" or _is_long(args, data) or mark.exists()
-    if isinstance(engine, Engine):
-        model.engine = replace(engine, triton=triton)
+    triton = mark is None or mode == "always" or is_long(args, data) or mark.exists()
     if fused and not triton:
         print(
             f"kernels: without Triton's, which would take about 10 s to compile on this machine, once; "
             f'from {ENOUGH_STEPS} steps on, or with fused_kernels="always", they are used',
             flush=True,
         )
+    use_kernels(model, fused, triton)
+    return mark if fused and triton else None
+
+
+def use_kernels(model: SentenceTransformer, fused: bool, triton: bool) -> None:
+    """Put a model's modules on fused kernels or take them off.
+
+    Args:
+        fused: whether any are to be used.
+        triton: whether those are that Triton compiles, attention included where another would serve.
+    """
+    engine = getattr(model, "engine", None)
+    if isinstance(engine, Engine):
+        model.engine = replace(engine, triton=triton)
     for transformer in transformer_modules(model):
         # In half precision a pre-norm model needs Triton's kernels for its residual stream, or autocast with all else.
         if fused and (triton or not can_widen(transformer.model)):
@@ -62,7 +74,6 @@ def settle_kernels(model: SentenceTransformer, args: TrainingArguments, data: ob
             fuse_elementwise(transformer.model)
         else:
             unfuse_elementwise(transformer.model)
-    return mark if fused and triton else None
 
 
 def leave_mark(mark: Path) -> None:
@@ -72,7 +83,8 @@ def leave_mark(mark: Path) -> None:
         mark.touch()
 
 
-def _is_long(args: TrainingArguments, data: object) -> bool:
+def is_long(args: TrainingArguments, data: object) -> bool:
+    """Whether a run over this data gains what compiling Triton's kernels takes."""
     if args.max_steps <= 0 and not isinstance(data, Dataset | DatasetDict):
         return True  # a stream: nobody knows
     return planned_steps(args, data) >= ENOUGH_STEPS
