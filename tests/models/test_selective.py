@@ -11,6 +11,7 @@ from datasets import Dataset
 from tiny import ARCHITECTURES, TEXTS, tiny_backbone
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from transformers import PreTrainedModel
 
 from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -22,6 +23,7 @@ from embtune.models.checkpointing import (
     enable_gradient_checkpointing,
 )
 from embtune.models.families import FAMILIES
+from embtune.models.selective import _policy
 
 TinyDir = Callable[..., Path]
 PRODUCTS = ("mm", "addmm", "bmm", "adapted_linear")
@@ -124,6 +126,26 @@ def test_with_compiled_layers(tiny_dir: TinyDir, tmp_path: Path) -> None:
             module.p = 0.0  # compiled code draws other numbers
     plain = train(same, tmp_path / "one", compile="never")
     assert train(model, tmp_path / "other", compile="always") == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_gpu_drew_is_kept_and_what_the_cpu_drew_is_drawn_again(device: str) -> None:
+    kept = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            policy = _policy(SelectiveCheckpointContext(is_recompute=False), function, *args, **(kwargs or {}))
+            if policy == CheckpointPolicy.MUST_SAVE:
+                kept.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Asked():
+        states = torch.rand(3, 4, device=device)
+        torch.randint(2**31 - 1, (1,), device=device)
+        torch.randint(0, 5, (1,), device=device)
+        torch.native_dropout(states, 0.5, True)
+        torch.nn.functional.gelu(states + 1)
+    assert kept == ([] if device == "cpu" else ["rand", "randint", "randint", "native_dropout"])
 
 
 def test_what_is_not_known_is_refused(tiny_dir: TinyDir) -> None:

@@ -32,18 +32,18 @@ _DEAR = frozenset(
         ADAPTED_LINEAR,
     }
 )
-# What a device drew is kept: its random state cannot be read while a CUDA graph is recorded.
-_DRAWN = frozenset({_ops.randint.default, _ops.randint.low, _ops.native_dropout.default})
 
 
 def _policy(_: SelectiveCheckpointContext, operation: Any, *args: Any, **settings: Any) -> CheckpointPolicy:
-    kept = operation in _DEAR or (operation in _DRAWN and _device(args, settings).type != "cpu")
+    # What a GPU drew is kept: its random state cannot be read while a CUDA graph is recorded.
+    draws = torch.Tag.nondeterministic_seeded in operation.tags
+    kept = operation in _DEAR or (draws and _device(args, settings).type != "cpu")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _device(args: tuple[Any, ...], settings: dict[str, Any]) -> torch.device:
-    """Where an operation of `_DRAWN` draws: where its input is, or where it was told to."""
-    if isinstance(args[0], Tensor):
+    """Where an operation draws: where its input is, or where it was told to."""
+    if args and isinstance(args[0], Tensor):
         return args[0].device
     return torch.device(settings.get("device") or "cpu")
 
