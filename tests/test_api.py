@@ -291,6 +291,12 @@ def test_a_second_adapter_is_refused(tiny_dir: TinyDir) -> None:
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
+    graph = tmp_path / "graph"
+    (graph / "onnx").mkdir(parents=True)
+    (graph / "onnx" / "model.onnx").touch()
+    (graph / "modules.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"graph holds a graph \(onnx/model.onnx\) and no weights"):
+        FastSentenceTransformer.from_pretrained(graph)
     with pytest.raises(ModelError, match="nowhere: there is no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")

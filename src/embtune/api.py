@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +21,8 @@ from embtune.errors import ArgumentError, ModelError
 from embtune.export.gguf_model import save_gguf
 from embtune.export.hub import push_folder
 from embtune.export.merged import save_compatible, save_merged
+from embtune.export.onnx import save_onnx
+from embtune.export.openvino import save_openvino
 from embtune.export.torchao import save_torchao
 from embtune.models import load
 from embtune.models.arguments import LoadNotes, Weights, choose_weights, clamp_length, refuse_unknown
@@ -271,7 +272,7 @@ class FastSentenceTransformer(SentenceTransformer):
     @property
     def packs(self) -> bool:
         """Whether batches are computed as flat rows of real tokens."""
-        return isinstance(self[0], Transformer) and self.engine.packs(self[0].model)
+        return self.engine.packs(self)
 
     def explain(self) -> Explanation:
         """What is on, what is off, and why."""
@@ -394,6 +395,42 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         self._own_tokenizer(tokenizer)
         return save_torchao(self, save_directory, scheme=torchao_config)
+
+    def save_pretrained_onnx(
+        self,
+        save_directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        quantization_method: str = "f32",
+    ) -> Path:
+        """Write the merged model as an ONNX graph whose output is the embedding, checked through onnxruntime.
+
+        Args:
+            quantization_method: "f32", or "int8" for a quarter of the size.
+
+        Raises:
+            MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
+            ExportError: the model cannot be a graph, or loses too much; nothing is left behind.
+        """
+        self._own_tokenizer(tokenizer)
+        return save_onnx(self, save_directory, quantization=quantization_method)
+
+    def save_pretrained_openvino(
+        self,
+        save_directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        quantization_method: str = "f32",
+    ) -> Path:
+        """Write the merged model for OpenVINO, its output the embedding, checked through OpenVINO.
+
+        Args:
+            quantization_method: "f32", or "f16" for half the size.
+
+        Raises:
+            MissingPackageError: openvino, onnx or onnxscript is not installed.
+            ExportError: the model cannot be a graph; nothing is left behind.
+        """
+        self._own_tokenizer(tokenizer)
+        return save_openvino(self, save_directory, quantization=quantization_method)
 
     def push_to_hub_merged(
         self,

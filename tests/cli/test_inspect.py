@@ -8,26 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from gguf import GGUFReader
+from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
 from embtune import FastSentenceTransformer
 from embtune.cli.main import main
+from embtune.export import graph
+from embtune.export.onnx import save_onnx
+from embtune.export.openvino import save_openvino
 from embtune.models.families import FAMILIES
 from embtune.report.events import FORMAT, EventLog
 
 
 @pytest.fixture(scope="module")
 def saved(tiny_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `adapter`, `merged`, `gguf` and `torchao` of one small BERT."""
+    """A folder with `adapter`, `merged`, `gguf`, `onnx` and `openvino` of one small BERT."""
     folder = tmp_path_factory.mktemp("saved")
     model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), dtype="float32", device="cpu", max_seq_length=64)
     model = FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8)
     model.save_pretrained(str(folder / "adapter"))
     model.save_pretrained_merged(folder / "merged")
     model.save_pretrained_gguf(folder / "gguf")
+    save_onnx(model, folder / "onnx", quantization="int8", verify=False)
+    save_openvino(model, folder / "openvino", quantization="f16", verify=False)
     return folder
 
 
@@ -122,6 +129,57 @@ def test_a_gguf_file_and_its_folder(saved: Path, look: Callable[[Path], dict[str
     assert "Q8_0" in stored
 
 
+def test_graphs(saved: Path, look: Callable[[Path], dict[str, Any]]) -> None:
+    found = look(saved / "onnx")
+    assert found["kind"] == "sentence-transformers model as ONNX"
+    assert (found["pooling"], found["dimensions"], found["max_seq_length"]) == (["mean"], 32, 64)
+    assert "engine" not in found
+    [(name, stored)] = found["graphs"].items()
+    assert name == "onnx/model.onnx"
+    counted: Counter[str] = Counter()
+    for tensor in onnx.load(saved / "onnx" / name).graph.initializer:
+        counted[TensorProto.DataType.Name(tensor.data_type)] += int(np.prod(tensor.dims))
+    assert stored["dtypes"]["I8"] == counted["INT8"] > 10_000
+    assert stored["dtypes"]["F32"] == counted["FLOAT"]
+    assert stored["numbers"] == counted.total()
+    assert stored["bytes"] == (saved / "onnx" / name).stat().st_size
+
+    found = look(saved / "openvino")
+    assert found["kind"] == "sentence-transformers model as OpenVINO"
+    [stored] = found["graphs"].values()
+    model = FastSentenceTransformer.from_pretrained(saved / "merged", dtype="float32", device="cpu")
+    # All but the biases of a few products, which OpenVINO keeps in float32, and the pooler, which is no part of it.
+    assert stored["dtypes"]["F16"] == pytest.approx(sum(weight.numel() for weight in model.parameters()), rel=0.05)
+
+
+def test_a_graph_beside_whole_weights_is_listed(
+    saved: Path, tmp_path: Path, look: Callable[[Path], dict[str, Any]]
+) -> None:
+    folder = shutil.copytree(saved / "merged", tmp_path / "merged")
+    shutil.copytree(saved / "onnx" / "onnx", folder / "onnx")
+    found = look(folder)
+    assert found["kind"] == "sentence-transformers model"
+    assert list(found["graphs"]) == ["onnx/model.onnx"]
+    assert found["engine"] == "packed"
+
+
+def test_a_graph_without_the_file_of_its_weights(
+    tiny_dir: Callable[..., Path],
+    tmp_path: Path,
+    look: Callable[[Path], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graph, "_LARGEST_FILE", 0)
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), dtype="float32", device="cpu")
+    folder = save_onnx(model, tmp_path / "onnx", verify=False)
+    weights = folder / "onnx" / "model.onnx_data"
+    [stored] = look(folder)["graphs"].values()
+    assert stored["bytes"] > weights.stat().st_size > 100_000
+    weights.unlink()
+    [problem] = look(folder)["problems"]
+    assert "model.onnx_data, which holds weights, is not beside it" in problem
+
+
 def test_a_run(saved: Path, tmp_path: Path, look: Callable[[Path], dict[str, Any]]) -> None:
     run = tmp_path / "run"
     log = EventLog(run)
@@ -143,7 +201,10 @@ def test_a_run(saved: Path, tmp_path: Path, look: Callable[[Path], dict[str, Any
 
 def test_a_folder_of_models(saved: Path, look: Callable[[Path], dict[str, Any]]) -> None:
     found = look(saved)
-    assert (found["kind"], set(found["holds"])) == ("folder of models", {"adapter", "merged", "gguf"})
+    assert (found["kind"], set(found["holds"])) == (
+        "folder of models",
+        {"adapter", "merged", "gguf", "onnx", "openvino"},
+    )
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -154,8 +215,8 @@ def with_json(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda folder: change_json(folder / name, **changes)
 
 
-def cut(folder: Path) -> None:
-    weights = folder / "model.safetensors"
+def cut(folder: Path, name: str = "model.safetensors") -> None:
+    weights = folder / name
     weights.write_bytes(weights.read_bytes()[:-64])
 
 
@@ -196,6 +257,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "adapter of no base": ("adapter", with_json("adapter_config.json", base_model_name_or_path=None), "names no base"),
     "another rank": ("adapter", with_json("adapter_config.json", r=9), "says rank 9, but the weights have rank [4]"),
+    "a cut graph": ("onnx", lambda folder: cut(folder, "onnx/model.onnx"), "cannot be used: it is cut off"),
+    "no graph": ("onnx", lambda folder: (folder / "onnx/model.onnx").write_bytes(b"no graph"), "no ONNX file"),
+    "an empty graph": ("onnx", lambda folder: (folder / "onnx/model.onnx").write_bytes(b""), "cannot be used"),
+    "cut weights of a graph": (
+        "openvino",
+        lambda folder: cut(folder, "openvino/openvino_model.bin"),
+        "openvino_model.bin, which holds its weights, is cut off",
+    ),
+    "no weights of a graph": ("openvino", without("openvino/openvino_model.bin"), "is not beside it"),
+    "a broken graph": ("openvino", lambda folder: cut(folder, "openvino/openvino_model.xml"), "it is no XML"),
     "no adapter weights": ("adapter", without("adapter_model.safetensors"), "adapter_model.safetensors cannot be read"),
 }
 

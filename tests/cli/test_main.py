@@ -43,7 +43,7 @@ MISTAKES = {
         "set eval_steps too",
     ),
     "evaluation without data": ("train --model MODEL --data train.jsonl --eval-steps 2", "eval_steps needs eval_data"),
-    "unknown format": ("train --model MODEL --data train.jsonl --exports onnx", "'onnx' is no format"),
+    "unknown format": ("train --model MODEL --data train.jsonl --exports coreml", "'coreml' is no format"),
     "unknown quantisation": ("train --model MODEL --data train.jsonl --exports gguf:q4_k_m", "'q4_k_m'"),
     "format for another architecture": (
         "train --model MPNET --data train.jsonl --batch-size 8 --exports merged gguf",
@@ -229,7 +229,7 @@ weights: {a: 0}
 eval_steps: 3
 training_args: {seed: 3}
 lora_args: {r: 3}
-exports: [onnx, merged]
+exports: [coreml, merged]
 """
 
 
@@ -244,7 +244,7 @@ def test_all_mistakes_of_a_file_are_listed_at_once(run: Callable[[str], tuple[in
         *("line 8: loss: there is no loss 'MultipleNegativeRankingLoss'. Did you mean MultipleNegativesRankingLoss?",),
         *("line 9: losses: data has no data set 'c'; it has a, b.", "line 10: weights: a=0.0 must be more than 0."),
         *("line 11: eval_steps needs eval_data.", "line 12: training_args: seed has an option of its own: seed."),
-        *("line 13: lora_args: r has an option of its own: lora_r.", "line 14: exports: 'onnx' is no format"),
+        *("line 13: lora_args: r has an option of its own: lora_r.", "line 14: exports: 'coreml' is no format"),
     )
     for part in parts:
         assert sum(f"- run.yaml, {part}" in line for line in listed) == 1, part
@@ -318,13 +318,6 @@ def test_help_fits_a_screen(line: str, run: Callable[[str], tuple[int, str, str]
     assert errors == ""
     assert 10 <= out.count("\n") <= 46
     assert max(map(len, out.splitlines())) <= 120
-
-
-def test_help_more_shows_what_help_leaves_out(run: Callable[[str], tuple[int, str, str]]) -> None:
-    everyday, more = run("train --help")[1], run("train --help-more")[1]
-    assert "--help-more" in everyday
-    assert "--matryoshka-dims" in more
-    assert "--matryoshka-dims" not in everyday
 
 
 def test_version(run: Callable[[str], tuple[int, str, str]]) -> None:

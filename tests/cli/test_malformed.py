@@ -241,9 +241,24 @@ CASES: dict[str, Case] = {
         ["c.yaml, line 3: weights need several data sets"],
     ),
     "file of a strange task": (
-        {"c.yaml": b"model: m\ndata: train.jsonl\neval_data: dev.jsonl\neval_tasks: {dev: classification}\n"},
+        {"c.yaml": b"model: m\ndata: train.jsonl\neval_data: dev.jsonl\neval_tasks: {dev: guessing}\n"},
         "train c.yaml",
-        ["line 4: eval_tasks: dev=classification", "retrieval, sts, clustering"],
+        ["line 4: eval_tasks: dev=guessing", "retrieval, sts, clustering, classification"],
+    ),
+    "file of a classification without a probe": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\neval_data: {dev: dev.jsonl}\neval_tasks: {dev: classification}\n"},
+        "train c.yaml",
+        ["c.yaml, line 4: eval_tasks: dev=classification needs eval_train_data: dev=FILE"],
+    ),
+    "file of a probe for something else": (
+        {"c.yaml": b"model: m\ndata: train.jsonl\neval_data: dev.jsonl\neval_train_data: {dev: train.jsonl}\n"},
+        "train c.yaml",
+        ["c.yaml, line 4: eval_train_data: dev is for a classification", "eval_tasks: dev=classification"],
+    ),
+    "labelled evaluation data without a task": (
+        {"x.csv": LABELLED + b"read rows,0\nsort rows,1\n"},
+        TRAIN + "train.jsonl --eval-data x.csv",
+        ["x.csv has the columns text, label", "clustering or classification", "eval_tasks"],
     ),
     "file and a run": ({"c.yaml": b"model: m\n"}, "train c.yaml --resume r", ["leave config out"]),
     # options

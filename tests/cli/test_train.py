@@ -28,13 +28,16 @@ from embtune.cli.main import main
 from embtune.cli.places import DATA_ENDINGS
 from embtune.cli.tasks import EvaluationTask
 from embtune.cli.train import run_train
-from embtune.cli.train_config import TrainConfig, TrainDetails
+from embtune.cli.train_config import TrainConfig
+from embtune.cli.train_details import TrainDetails
 from embtune.data.formats import READERS
 from embtune.errors import ArgumentError
+from embtune.export import onnx, openvino
 from embtune.export.gguf import GGUF_QUANTIZATIONS
 from embtune.export.torchao import MINIMUM_COSINE
 from embtune.files import read_json
 from embtune.report.events import read_events
+from embtune.report.run import read_run
 from embtune.train import checkpoint_folders
 from embtune.train.checkpoint_folders import is_whole
 
@@ -293,12 +296,15 @@ def test_other_ways_to_train(train: Train, work_dir: Path) -> None:
     adapter = work_dir / "nf4" / "checkpoints" / "checkpoint-1"
     train(f"--model {adapter} --data train.jsonl --batch-size 8 --max-steps 1 --output further")
     results = train(
-        "--data sts.csv --loss CoSENTLoss --eval-data sts.csv --batch-size 4 --epochs 0.6 --exports torchao "
+        "--data sts.csv --loss CoSENTLoss --eval-data sts.csv --batch-size 4 --epochs 0.6 --exports torchao onnx "
         "--output sts"
     )
     assert results["training"]["steps"] == 2
     assert results["evaluations"]["sts"]["kind"] == "sts"
-    assert results["exports"] == {"torchao:int8_weight_only": "sts/torchao-int8_weight_only"}
+    folders = {"torchao:int8_weight_only": "sts/torchao-int8_weight_only", "onnx:f32": "sts/onnx-f32"}
+    assert results["exports"] == folders
+    [*_, exported] = read_run(work_dir / "sts").exports
+    assert (exported["format"], exported["parity"]["minimum"] > 0.9999) == ("onnx:f32", True)
 
 
 def test_an_adapter_takes_no_other_rank(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,6 +368,8 @@ def test_configs_check_themselves(config: type, settings: dict[str, Any], field:
 def test_the_formats_are_those_of_the_library() -> None:
     assert set(QUANTIZATIONS["gguf"]) == set(GGUF_QUANTIZATIONS)
     assert set(QUANTIZATIONS["torchao"]) == set(MINIMUM_COSINE)
+    assert set(QUANTIZATIONS["onnx"]) == set(onnx.MINIMUM_COSINE)
+    assert QUANTIZATIONS["openvino"] == openvino.QUANTIZATIONS
     assert str(ExportChoice.parse("gguf")) == "gguf:q8_0"
     assert str(ExportChoice.parse("merged")) == "merged"
 

@@ -65,9 +65,10 @@ def test_sts_equals_sentence_transformers(minilm: SentenceTransformer, sts: StsR
 def test_sts_rank_agreement_is_one_where_the_order_is_right(sts: StsResult) -> None:
     ranks = np.argsort(np.argsort(sts.similarities))
     assert ranks[0] == 5  # the paraphrase is found the most similar pair, as people say
-    assert sts.item_scores()[0] == 1
-    assert (sts.item_scores() >= 0).all()
-    assert sts.item_texts()[0] == "A cat sleeps. ↔ A cat is asleep."
+    items = sts.by_item()
+    assert items.scores[0] == 1
+    assert (items.scores >= 0).all()
+    assert items.texts[0] == "A cat sleeps. ↔ A cat is asleep."
 
 
 def test_sts_draws_equal_scipy_on_repeated_pairs(sts: StsResult) -> None:

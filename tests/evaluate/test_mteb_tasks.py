@@ -19,10 +19,18 @@ def model(tiny_dir: Callable[..., Path]) -> FastSentenceTransformer:
 def test_tasks_of_several_kinds(model: FastSentenceTransformer) -> None:
     from mteb import mocks
 
-    tasks = [mocks.MockSTSTask(), mocks.MockRetrievalTask(), mocks.MockClassificationTask()]
+    tasks = [
+        *(mocks.MockSTSTask(), mocks.MockRetrievalTask(), mocks.MockRerankingTask()),
+        *(mocks.MockMultilingualRetrievalTask(), mocks.MockMultilingualClassificationTask()),
+        *(mocks.MockPairClassificationTask(), mocks.MockClusteringTask()),
+    ]
     scores = evaluate_mteb(model, tasks, batch_size=2)
     assert [score.metric for score in scores] == [task.metadata.main_score for task in tasks]
     assert all(-1 <= score.score <= 1 for score in scores)
+    # What mteb predicted adds up to its scores, item by item; of the last two it gives no such thing.
+    assert [score.items is not None for score in scores] == [True] * 5 + [False] * 2
+    for score in scores[:5]:
+        assert score.compared_with(score).metrics[score.metric].verdict == "no clear change"
 
 
 def test_tasks_are_known_by_name() -> None:

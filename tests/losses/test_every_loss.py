@@ -125,11 +125,11 @@ class NastyLoss(torch.nn.Module):
 
 
 class ListeningLoss(OwnLoss):
-    """Reads the first token of a layer inside, where a packed row has only one first token."""
+    """Reads the first token of a module inside, where a packed row has only one first token."""
 
-    def __init__(self, encoder: SentenceTransformer) -> None:
+    def __init__(self, encoder: SentenceTransformer, place: str = "encoder.layer.0") -> None:
         super().__init__(encoder)
-        encoder[0].model.encoder.layer[0].register_forward_hook(self.listen)
+        encoder[0].model.get_submodule(place).register_forward_hook(self.listen)
 
     def listen(self, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
         self.first = output[:, 0]
@@ -219,8 +219,25 @@ def test_losses_with_a_second_model_train(name: str, tiny_dir: TinyDir, tmp_path
     assert abs(trainer.model.encode(ANCHORS) - before).max() > 1e-5
 
 
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+@pytest.mark.parametrize("name", ["AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_losses_over_layers_reach_through_adapters(name: str, engine: str, tiny_dir: TinyDir) -> None:
+    """PEFT's forward keeps an encoder from returning the states that its config asks for."""
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), dtype="float32", device="cpu", engine=engine)
+    model = FastSentenceTransformer.get_peft_model(model, r=4)
+    columns = [dict(model.preprocess(texts)) for texts in (ANCHORS, POSITIVES)]
+    CASES[name][1](model, None)(columns, None).backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    assert gradients and all(gradient is not None and gradient.norm() > 0 for gradient in gradients)
+
+
 @pytest.mark.parametrize(
-    "make", [lambda m, _: ListeningLoss(m), lambda m, _: losses.MatryoshkaLoss(m, ListeningLoss(m), [32, 8])]
+    "make",
+    [
+        lambda m, _: ListeningLoss(m),
+        lambda m, _: ListeningLoss(m, "embeddings"),
+        lambda m, _: losses.MatryoshkaLoss(m, ListeningLoss(m), [32, 8]),
+    ],
 )
 def test_a_loss_that_listens_inside_falls_back(make: Any, tiny_dir: TinyDir, tmp_path: Path) -> None:
     packed, padded = (

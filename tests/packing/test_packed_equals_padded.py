@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from tiny import ARCHITECTURES, POSITIONS, TEXTS, tiny_model_dir
+from sentence_transformers.sentence_transformer.modules import CNN, Pooling
+from tiny import ARCHITECTURES, HIDDEN, POSITIONS, TEXTS, tiny_model_dir
 
 from embtune import FastSentenceTransformer
 from embtune.errors import ArgumentError, EmbtuneWarning
@@ -243,6 +244,21 @@ def test_checkpoints_unlike_others_of_their_architecture(
     torch.testing.assert_close(model.encode(TEXTS), plain.encode(TEXTS), rtol=0, atol=1e-6)
     with pytest.raises(ArgumentError, match=f'engine="packed" cannot serve this model: .*{why}'):
         FastSentenceTransformer.from_pretrained(folder, device="cpu", engine="packed")
+
+
+def test_a_module_that_reads_across_texts_ends_packing(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    plain = SentenceTransformer(str(tiny_dir("bert")), device="cpu")
+    plain = SentenceTransformer(modules=[plain[0], CNN(HIDDEN, 8, [3]), Pooling(8)], device="cpu")
+    plain.save_pretrained(str(tmp_path))
+    with pytest.warns(EmbtuneWarning, match="padded batches: its CNN module may read across texts"):
+        model = FastSentenceTransformer.from_pretrained(tmp_path, dtype="float32", device="cpu")
+    assert not model.packs
+    torch.testing.assert_close(model.encode(TEXTS), plain.encode(TEXTS), rtol=0, atol=1e-6)
+    added = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), dtype="float32", device="cpu")
+    assert added.packs
+    added.insert(1, CNN(HIDDEN, HIDDEN, [3]))
+    assert not added.packs
+    assert "CNN" in str(added.explain())
 
 
 @pytest.mark.parametrize("causal", [False, True])

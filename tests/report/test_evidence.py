@@ -121,7 +121,7 @@ def test_other_kinds_of_evaluation(models: tuple[SentenceTransformer, SentenceTr
         evidence.see_before(models[0], before)
         fields = evidence.compared(models[1], after, compare(before, after))
         assert fields["kind"] == before.kind
-        assert ("queries" in fields) == (before.item_metric is not None)
+        assert ("queries" in fields) == (before.by_item() is not None)
         assert "documents" not in fields
 
 

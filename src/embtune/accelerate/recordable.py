@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from embtune.models.checkpointing import describe_gradient_checkpointing, is_selective
+from embtune.models.checkpointing import recomputes_layers
 from embtune.models.engine import Engine
 from embtune.packing.layout import bounds_mask, flash_mask
 from embtune.packing.pool import POOLING_MODES, pool
@@ -27,14 +27,13 @@ def why_not_recordable(
     device = model.device
     if device.type != "cuda":
         return f"the model is on {device.type}, and CUDA graphs exist on NVIDIA GPUs only"
-    if engine is None or not engine.packs(model[0].model):
+    if engine is None or not engine.packs(model):
         return "batches are padded"
     if engine.attention(device, dtype, model.max_seq_length or 0) == "groups":
         return "its attention is computed for groups of texts, which differ from batch to batch"
     if torch.distributed.is_initialized():
         return "several processes share their gradients"
-    recomputes = describe_gradient_checkpointing(model[0].model) != "off" and not is_selective(model[0].model)
-    if checkpointing or recomputes:
+    if checkpointing or recomputes_layers(model[0].model):
         return (
             "recomputing whole layers asks for the state of the random numbers in the middle of a pass "
             '(use_gradient_checkpointing="selective" does not)'

@@ -18,9 +18,11 @@ _ANY_WEIGHTS = (
     *("adapter_config.json", "adapter_model*", "model*.safetensors*", "pytorch_model*.bin*"),
     *("tf_model*.h5", "flax_model*.msgpack"),
 )
+# Where sentence-transformers, Optimum and text-embeddings-inference look for a graph with weights of its own.
+_GRAPHS = ("*.onnx", "onnx/*.onnx", "openvino*.xml", "openvino/*.xml")
 
 
-def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool) -> None:
+def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool, graph: str | None = None) -> None:
     """Refuse a target whose weight files would stay beside those to be saved.
 
     Looked at are the folder itself and, in a sentence-transformers folder, those of its Transformer modules. Files that
@@ -30,6 +32,7 @@ def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool) -> 
         folder: where to save; it need not exist.
         adapter: whether adapter files are to be saved.
         whole: whether whole weights are to be saved; with a Router it may be both.
+        graph: name of the folder within `folder` that a graph is to be saved in, or None.
 
     Raises:
         ArgumentError: the folder holds weights of the other kind, or under names of other libraries.
@@ -42,11 +45,17 @@ def refuse_contradictions(folder: str | Path, *, adapter: bool, whole: bool) -> 
         for path in _entries(backbone)
         if _matches(path, _ANY_WEIGHTS) and not _matches(path, replaced)
     )
+    stale += [path.relative_to(folder).as_posix() for path in graph_files(folder) if path.parent != folder / str(graph)]
     if stale:
         raise ArgumentError(
             f"{folder} already holds {', '.join(stale)}, which would contradict the model to be saved: whoever loads "
             "the folder would get one or the other. Save into another folder, or remove these files first."
         )
+
+
+def graph_files(folder: Path) -> list[Path]:
+    """The ONNX and OpenVINO graphs of a model's folder, where readers look for them."""
+    return sorted(path for pattern in _GRAPHS for path in folder.glob(pattern))
 
 
 def contradictions(folder: Path) -> list[tuple[list[str], list[str]]]:

@@ -75,6 +75,13 @@ class AdaptedEncoder(PeftModelForFeatureExtraction):
     resized_vocabulary = False
     """Whether tokens were added to the base: its embeddings then travel with the adapter."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, with the states of all layers where the config asks for them (losses over layers do so there)."""
+        # PEFT hands on None where nothing is said, which transformers takes for no, whatever the config says.
+        if kwargs.get("output_hidden_states") is None and self.config.output_hidden_states:
+            kwargs["output_hidden_states"] = True
+        return super().forward(*args, **kwargs)
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> PreTrainedModel:

@@ -80,12 +80,13 @@ class ExportConfig:
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Adapter folder, whole model's folder or Hub name."""
-    format: Literal["merged", "gguf", "torchao"]
-    """merged: sentence-transformers and servers; gguf: llama.cpp; torchao: 8-bit PyTorch."""
+    format: Literal["merged", "gguf", "torchao", "onnx", "openvino"]
+    """merged: sentence-transformers and servers; gguf: llama.cpp; torchao: 8-bit PyTorch; onnx, openvino: a graph."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
     quantization: MaybeText = None
-    """gguf: q8_0 (default), f16, bf16, f32; torchao: int8_weight_only (default), int8_dynamic; merged: 16bit, 32bit."""
+    """gguf: q8_0 (default), f16, bf16, f32; torchao: int8_weight_only (default), int8_dynamic; onnx: f32 (default),
+    int8; openvino: f32 (default), f16; merged: 16bit, 32bit."""
     overwrite: Switch = False
     """Write into the folder even if it holds something; what is exported replaces files of its names."""
 

@@ -215,7 +215,7 @@ def _from_folder(base: Path, key: str, value: Any) -> Any:
     """A value whose relative paths, which start from `base`, start from the working directory instead."""
     if key == "output":
         return base / Path(value).expanduser()
-    if key in _SOURCES:
+    if key in (*_SOURCES, "eval_train_data"):
         return {name: _source_from(base, source) for name, source in value.items()}
     if key == "model":
         return _source_from(base, value)

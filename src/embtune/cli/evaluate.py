@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from embtune.api import FastSentenceTransformer
 from embtune.cli.config import EvaluateConfig
 from embtune.cli.config_file import read_config
 from embtune.cli.display import make_console, working
+from embtune.cli.mteb_tables import mteb_as_dict, show_mteb
 from embtune.cli.places import is_config
 from embtune.cli.tasks import EvaluationTask
 from embtune.errors import ArgumentError
@@ -92,18 +93,10 @@ def _run_mteb(config: EvaluateConfig, console: Console) -> None:
     measure = partial(evaluate_mteb, tasks=tasks, batch_size=config.batch_size)
     scores = {name: _measure(name, measure, config, console) for name in config.models}
     if config.json:
-        rows = [{"model": name, "scores": [asdict(score) for score in found]} for name, found in scores.items()]
-        print(json.dumps({"mteb": rows, "machine": describe_machine()}, indent=2, ensure_ascii=False))
-        return
-    table = Table(title="MTEB, main scores", title_justify="left", box=None, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for score in scores[config.models[0]]:
-        table.add_column(f"{score.task}\n{score.metric}", justify="right", no_wrap=True)
-    for name, found in scores.items():
-        table.add_row(Text(name), *(f"{score.score:.4f}" for score in found))
-    console.print()
-    console.print(table)
-    console.print("mteb gives no score for each item, so nothing says how sure differences are.")
+        found = {**mteb_as_dict(scores), "machine": describe_machine()}
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        show_mteb(scores, console)
 
 
 def _measure(

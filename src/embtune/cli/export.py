@@ -11,6 +11,9 @@ from embtune.cli.config import ExportConfig
 from embtune.cli.display import make_console, print_commands, working
 from embtune.cli.export_choice import ExportChoice
 from embtune.export.gguf_architecture import gguf_architecture
+from embtune.export.graph import check_graph
+from embtune.export.onnx import require_onnx
+from embtune.export.openvino import require_openvino
 from embtune.export.parity import collected_parities
 from embtune.models.families import unwrapped
 from embtune.models.modules import single_transformer
@@ -48,6 +51,12 @@ def check_export(model: SentenceTransformer, choice: ExportChoice) -> None:
         gguf_architecture(unwrapped(single_transformer(model, "A GGUF file").model).config)
     if choice.format == "torchao":
         require("torchao", "Saving with TorchAO")
+    if choice.format == "onnx":
+        require_onnx()
+    if choice.format == "openvino":
+        require_openvino()
+    if choice.format in ("onnx", "openvino"):
+        check_graph(model, f"The format {choice.format}")
 
 
 def save_export(model: FastSentenceTransformer, choice: ExportChoice, folder: Path) -> Path:
@@ -57,6 +66,10 @@ def save_export(model: FastSentenceTransformer, choice: ExportChoice, folder: Pa
         return file
     if choice.format == "torchao":
         return model.save_pretrained_torchao(folder, torchao_config=str(choice.quantization))
+    if choice.format == "onnx":
+        return model.save_pretrained_onnx(folder, quantization_method=str(choice.quantization))
+    if choice.format == "openvino":
+        return model.save_pretrained_openvino(folder, quantization_method=str(choice.quantization))
     method = f"merged_{choice.quantization}" if choice.quantization else "merged"
     return model.save_pretrained_merged(folder, save_method=method)
 
@@ -80,7 +93,22 @@ def usage(choice: ExportChoice, saved: Path) -> tuple[str, str]:
     """What for, and the command that tries an export out."""
     if choice.format == "gguf":
         return "Use it in llama.cpp:", f"llama-embedding -m {shlex.quote(str(saved))} -p 'a text'"
-    purpose = "Use it in sentence-transformers" + (", with torchao installed:" if choice.format == "torchao" else ":")
-    code = f"from sentence_transformers import SentenceTransformer as S; print(S({str(saved)!r}).encode('a text')[:5])"
+    purpose, code = _code(choice.format, str(saved))
     # Double quotes are easier to read, where nothing between them has a meaning for the shell.
     return purpose, "python -c " + (shlex.quote(code) if set(code) & set('"\\$`!') else f'"{code}"')
+
+
+def _code(name: str, saved: str) -> tuple[str, str]:
+    tokenize = f"T.from_pretrained({saved!r})(['a text'], return_tensors='np')"
+    tokens = f"from transformers import AutoTokenizer as T; x = dict({tokenize})"
+    if name == "onnx":
+        run = f"S({saved + '/onnx/model.onnx'!r}).run(['sentence_embedding'], x)[0][0, :5]"
+        return "Use it in onnxruntime:", f"from onnxruntime import InferenceSession as S; {tokens}; print({run})"
+    if name == "openvino":
+        run = f"compile_model({saved + '/openvino/openvino_model.xml'!r})(x)['sentence_embedding'][0, :5]"
+        return "Use it in OpenVINO:", f"from openvino import compile_model; {tokens}; print({run})"
+    purpose = "Use it in sentence-transformers" + (", with torchao installed:" if name == "torchao" else ":")
+    return (
+        purpose,
+        f"from sentence_transformers import SentenceTransformer as S; print(S({saved!r}).encode('a text')[:5])",
+    )

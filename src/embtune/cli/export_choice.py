@@ -9,8 +9,10 @@ QUANTIZATIONS: Mapping[str, tuple[str, ...]] = {
     "merged": ("16bit", "32bit"),
     "gguf": ("q8_0", "f16", "bf16", "f32"),
     "torchao": ("int8_weight_only", "int8_dynamic"),
+    "onnx": ("f32", "int8"),
+    "openvino": ("f32", "f16"),
 }
-"""Formats of an export and their quantisations; the first is what a GGUF or TorchAO export gets by default."""
+"""Formats of an export and their quantisations; the first is the default, but for merged models."""
 
 
 @dataclass(frozen=True)

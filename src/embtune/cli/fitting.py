@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -27,6 +26,8 @@ from embtune.cli.progress import TrainingProgress
 from embtune.cli.tasks import EvaluationTask
 from embtune.cli.train_config import TrainConfig
 from embtune.errors import ArgumentError
+from embtune.evaluate.evaluator import HeldOutEvaluator
+from embtune.evaluate.result import EvaluationResult
 from embtune.report.callback import EventCallback, StepTimer
 from embtune.report.events import EventLog
 from embtune.runtime import choose_dtype
@@ -182,35 +183,24 @@ def fit(
     return TrainingFacts(trainer.state.global_step, seconds, first, last)
 
 
-class TaskEvaluator(SentenceEvaluator):
-    """Evaluation tasks in the form that the Trainer calls; shows the results of each call."""
+class TaskEvaluator(HeldOutEvaluator):
+    """The evaluation tasks of a run; shows the results of each call. The first task tells the best model."""
 
     def __init__(self, tasks: Mapping[str, EvaluationTask], console: Console, log: EventLog) -> None:
-        super().__init__()
-        self._tasks = tasks
+        name, first = next(iter(tasks.items()))
+        primary = first.main_metric if len(tasks) == 1 else f"{name}_{first.main_metric}"
+        super().__init__({name: task.run for name, task in tasks.items()}, primary)
         self._console = console
         self._log = log
-        first = next(iter(tasks))
-        self.primary_metric = self._key(first, tasks[first].main_metric)
 
     def __call__(
-        self,
-        model: SentenceTransformer,
-        output_path: str | None = None,  # noqa: ARG002 (the Trainer gives it by name)
-        epoch: float = -1,
-        steps: int = -1,
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         self._log.phase("Measuring while training")
-        metrics: dict[str, float] = {}
-        for name, task in self._tasks.items():
-            result = task.run(model)
-            self._console.print(f"after step {steps}: {result}")
-            metrics |= {self._key(name, metric): value for metric, value in result.metrics.items()}
-        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        return metrics
+        return super().__call__(model, output_path, epoch, steps)
 
-    def _key(self, task: str, metric: str) -> str:
-        return metric if len(self._tasks) == 1 else f"{task}_{metric}"
+    def seen(self, result: EvaluationResult, steps: int) -> None:
+        self._console.print(f"after step {steps}: {result}")
 
 
 class RunLength(TimeBudget):

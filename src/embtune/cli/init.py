@@ -18,7 +18,8 @@ from rich.text import Text
 from embtune.cli.data_config import InitConfig
 from embtune.cli.display import make_console, print_commands, working
 from embtune.cli.loss_data import check_columns, check_labels
-from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig, TrainDetails
+from embtune.cli.train_config import COMMAND_OPTIONS, TrainConfig
+from embtune.cli.train_details import SECTIONS
 from embtune.data.columns import LABEL_ROLES, ColumnRoles
 from embtune.data.readers import read_dataset, read_raw
 from embtune.data.recognise import RecognisedColumns, recognise_columns
@@ -112,9 +113,10 @@ def _lines(
         yield from (f"#   {role}: {text}" for role, text in sample.items())
     yield ""
     yield from _keys(TrainConfig, settings, _CONFIRM if found.guessed else None)
-    yield "# Less common:"
-    yield ""
-    yield from _keys(TrainDetails, settings, None)
+    for owner in SECTIONS.values():
+        yield f"# Less common: {owner.__doc__}"
+        yield ""
+        yield from _keys(owner, settings, None)
 
 
 def _keys(owner: type, settings: Mapping[str, Any], about_columns: str | None) -> Iterator[str]:

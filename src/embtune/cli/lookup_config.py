@@ -25,7 +25,7 @@ class CompletionConfig:
 
     bash: embtune completion bash > ~/.local/share/bash-completion/completions/embtune
 
-    zsh: embtune completion zsh > DIR/_embtune, where DIR is in your fpath
+    zsh: embtune completion zsh > DIR/_embtune, where DIR is in your fpath; or source it in ~/.zshrc
 
     fish: embtune completion fish > ~/.config/fish/completions/embtune.fish
     """

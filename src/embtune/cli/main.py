@@ -35,7 +35,7 @@ _VERBS = {
     "mine": "find hard negatives for your pairs",
     "train": "fine-tune a model on your pairs, and show what it gained",
     "evaluate": "measure one or more models on the same data",
-    "export": "save a model for sentence-transformers, llama.cpp or TorchAO",
+    "export": "save a model for sentence-transformers, llama.cpp, TorchAO, ONNX or OpenVINO",
     "report": "write the page that shows what a run did, or compares several",
     "watch": "show that page while a run goes on",
     "inspect": "show what a folder holds, and what is wrong with it",
@@ -49,8 +49,8 @@ _LESS_MEMORY = {
     "init": "Close other programs, or name a part of the data.",
     "check": "Close other programs, or check the data in parts.",
     "mine": f"{_SMALLER}, or --dtype bfloat16.",
-    "train": f"{_SMALLER}; or --gradient-checkpointing, or --load-in-4bit; and where a batch must stay large for its "
-    "negatives, --loss CachedMultipleNegativesRankingLoss --loss-args mini_batch_size=16.",
+    "train": f"{_SMALLER}; or --gradient-checkpointing selective (or whole), or --load-in-4bit; and where a batch must "
+    "stay large for its negatives, --loss CachedMultipleNegativesRankingLoss --loss-args mini_batch_size=16.",
     "evaluate": f"{_SMALLER}, or --dtype bfloat16.",
     "export": "Close other programs, or export on a machine with more memory.",
     "report": "Close other programs, or name fewer runs.",

@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from embtune.adapt.folders import WRAPPER_TRACES, contradictions, module_folders
+from embtune.adapt.folders import WRAPPER_TRACES, contradictions, graph_files, module_folders
+from embtune.cli.graph_head import read_graph
 from embtune.errors import ArgumentError
 from embtune.files import read_json
 from embtune.models.families import FAMILIES, packing_obstacle, position_limit
@@ -56,8 +57,10 @@ class ModelFolder:
         self._heads(backbone, modules, config)
         if adapter:
             self._adapter(backbone, adapter)
-        self._whole_weights(backbone, expected=bool(config) and not adapter)
-        self._engine(backbone, modules, config)
+        graphs = self._graphs()
+        self._whole_weights(backbone, expected=bool(config) and not adapter and not graphs)
+        if not graphs or "weights" in self.facts:
+            self._engine(backbone, modules, config)
         if not any((backbone / name).exists() for name in _TOKENIZERS) and not (adapter and not modules):
             self.problems.append(
                 f"{backbone} holds no tokenizer ({', '.join(_TOKENIZERS[:3])} …). Copy the base model's files there."
@@ -65,6 +68,8 @@ class ModelFolder:
         self._find_contradictions()
         self._checkpoint()
         whole = "sentence-transformers model" if modules else "transformers checkpoint"
+        if graphs and "weights" not in self.facts:
+            whole += " as " + " and ".join(sorted({"OpenVINO" if file.suffix == ".xml" else "ONNX" for file in graphs}))
         return "adapter" + (" of a sentence-transformers model" if modules else "") if adapter else whole
 
     def _json(self, path: Path) -> dict[str, Any]:
@@ -177,6 +182,18 @@ class ModelFolder:
                 f"{backbone} holds tensors of a wrapper, as {traces[0]}: readers do not find them, and take random "
                 "weights instead. Save with save_pretrained_merged."
             )
+
+    def _graphs(self) -> list[Path]:
+        found = graph_files(self.folder)
+        stored = {}
+        for path in found:
+            try:
+                stored[path.relative_to(self.folder).as_posix()] = read_graph(path)
+            except (OSError, ValueError) as error:
+                self.problems.append(f"{path} cannot be used: {error}. Export or download it again.")
+        if stored:
+            self.facts["graphs"] = stored
+        return found
 
     def _weight_files(self, backbone: Path) -> list[Path]:
         index = self._json(backbone / "model.safetensors.index.json")

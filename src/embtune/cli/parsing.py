@@ -1,14 +1,19 @@
 """From the words of a command line to a checked config; nothing heavy is imported for it."""
 
-from collections.abc import Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from embtune.cli.config_file import ConfigFile, make_checked, unchecked
 from embtune.cli.places import is_config
-from embtune.cli.train_config import EverydayTrainConfig, TrainConfig, TrainDetails
+from embtune.cli.train_config import EverydayTrainConfig, TrainConfig
+from embtune.cli.train_details import SECTIONS
 from embtune.errors import ArgumentError
 
 Config = TypeVar("Config")
@@ -29,8 +34,8 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     Raises:
         EmbtuneError: the file cannot be used, or options are wrong; all that is wrong is in the message.
     """
-    if "--help-more" in arguments:
-        _options(TrainDetails, "train", ["--help"])
+    if any(argument.partition("=")[0] == "--help-more" for argument in arguments):
+        _help_more(_value(arguments, "--help-more"))
     if "--help" in arguments or "-h" in arguments:
         _options(EverydayTrainConfig, "train", ["--help"])
     if arguments and is_config(arguments[0]):
@@ -48,6 +53,29 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         return make_checked(TrainConfig, _options(options_type, "train", arguments))
     source.check(given)
     return source.checked(_options(options_type, "train", arguments, source.defaults(options_type)))
+
+
+def _help_more(section: str | None) -> NoReturn:
+    """Show one section of the less common options, or which sections there are, and end the program."""
+    if section is None:
+        print("\n".join(_sections()))
+    elif section in SECTIONS:
+        _options(SECTIONS[section], "train", ["--help"])
+    else:
+        raise ArgumentError(f"--help-more: there is no section {section!r}; there are {', '.join(SECTIONS)}.")
+    sys.exit(0)
+
+
+def _sections() -> Iterator[str]:
+    """Each section with the names of its options."""
+    width = max(40, shutil.get_terminal_size().columns)
+    yield "The less common options of `embtune train`, by section:"
+    for name, owner in SECTIONS.items():
+        names = (f"no_{each.name}" if each.default is True else each.name for each in fields(owner))
+        flags = " ".join(f"--{each.replace('_', '-')}" for each in names)
+        yield f"\n{name}: {owner.__doc__}"
+        yield textwrap.fill(flags, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    yield f"\n`embtune train --help-more SECTION` explains those of one: {', '.join(SECTIONS)}."
 
 
 def _refuse_beside_resume(given: set[str]) -> None:

@@ -76,7 +76,7 @@ class Preflight:
             basis = "measured in steps on random rows, here and now; without compiling, evaluation and exports"
             rough, remedy = "", ""
         else:
-            basis = "from the sizes of model and batch and what other machines took; may be off by a factor of three"
+            basis = "from the sizes of model and batch, not measured; may be off by half, on a GPU by a factor of three"
             rough, remedy = "about ", " (--dry-run measures it; the display corrects it after the first steps)"
         time = "not known for this device"
         if cost.seconds is not None and cost.step_seconds is not None:

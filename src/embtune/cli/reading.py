@@ -107,7 +107,13 @@ def _tasks(config: TrainConfig, console: Console) -> Iterator[tuple[str, Evaluat
     for name, source in config.eval_data.items():
         with working(console, f"Reading {source}"):
             kind = more.eval_tasks.get(name, "auto")
-            task = EvaluationTask.read(source, config.eval_columns_of(name), more.eval_split, task=kind)
+            task = EvaluationTask.read(
+                source,
+                config.eval_columns_of(name),
+                more.eval_split,
+                task=kind,
+                train_data=more.eval_train_data.get(name),
+            )
         if task.kind == "retrieval" and more.eval_k is not None:
             task = replace(task, k=more.eval_k)
         console.print(f"Measured on {task}.")

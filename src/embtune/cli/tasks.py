@@ -160,8 +160,9 @@ def _kind(source: str, rows: Dataset, task: str) -> str:
         return fitting[0] if task == "auto" else task
     if task == "auto" and fitting:
         raise ArgumentError(
-            f"{source} has the columns {columns}: `embtune evaluate` measures such texts with --task clustering, or "
-            "with --task classification --train-data FILE."
+            f"{source} has the columns {columns}, which serve clustering or classification. Say which: --task "
+            "clustering, or --task classification --train-data FILE; of `embtune train` they are eval_tasks and "
+            "eval_train_data."
         )
     if task == "auto":
         raise DataError(
@@ -183,7 +184,10 @@ def _labelled(task: EvaluationTask, source: str, columns: Mapping[str, str], tra
     if task.kind == "clustering":
         return task
     if train_data is None:
-        raise ArgumentError("task=classification needs train_data: labelled texts that its probe learns from.")
+        raise ArgumentError(
+            "task=classification needs train_data (of `embtune train`: eval_train_data), labelled texts that its probe "
+            "learns from."
+        )
     train = read_dataset(train_data, columns=columns or None)
     _kind(train_data, train, "classification")
     known = set(_classes(train_data, train))

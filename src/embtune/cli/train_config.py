@@ -3,35 +3,19 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from embtune.cli.export_choice import ExportChoice
-from embtune.cli.flags import (
-    Float,
-    Int,
-    Ints,
-    MaybeFloat,
-    MaybeInt,
-    MaybeText,
-    Numbers,
-    Pairs,
-    Sources,
-    Switch,
-    Texts,
-    Values,
-    shown,
-)
+from embtune.cli.flags import Float, Int, MaybeFloat, MaybeInt, Pairs, Sources, Switch, shown
 from embtune.cli.loss_table import about_unknown
 from embtune.cli.mistakes import ConfigError, Mistake
+from embtune.cli.train_details import TASKS, TrainDetails
 from embtune.errors import ArgumentError
 
 COMMAND_OPTIONS = ("config", "resume", "dry_run", "quiet", "json")
 """Options that say nothing about the run itself; no config file has them."""
-
-TASKS = ("auto", "retrieval", "sts", "clustering")
-"""What evaluation data can be used for while training."""
 
 _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "model_args": {"random_state": "seed", "use_gradient_checkpointing": "gradient_checkpointing"}
@@ -47,70 +31,6 @@ _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     | {name: name for name in ("token_cache", "eval_steps", "save_steps", "report_to", "columns")},
 }
 """Arguments of the library that have an option of their own here."""
-
-
-@dataclass(frozen=True)
-class TrainDetails:
-    """Less common options of `embtune train`; they are flags and keys of --config like the others."""
-
-    losses: Pairs = field(default_factory=dict)
-    """Of several data sets, those with a loss of their own, as sts=CoSENTLoss."""
-    weights: Numbers = field(default_factory=dict)
-    """How often an epoch goes through a data set, as faq=2 sts=0.5; the others once."""
-    eval_columns: Pairs = field(default_factory=dict)
-    """Roles of the evaluation data's columns, where they differ from --columns."""
-    eval_split: MaybeText = None
-    """Split of the evaluation data: BEIR folder (test) or Hub (train)."""
-    eval_tasks: Pairs = field(default_factory=dict)
-    """What to measure on evaluation data, where its columns do not tell, as topics=clustering."""
-    eval_k: MaybeInt = None
-    """Depth of the retrieval metrics; without, 10."""
-    eval_steps: MaybeInt = None
-    """Evaluate after every N steps of training."""
-    forgetting_check: Switch = True
-    """With --eval-data, measure on prose, too: what the model knew should not get worse."""
-    save_steps: MaybeInt = None
-    """Save a checkpoint every N steps; without, after every epoch."""
-    early_stopping_patience: MaybeInt = None
-    """Stop after N evaluations without gain, and keep the best model."""
-    pooling_mode: MaybeText = None
-    """Pooling, such as mean or cls; without, the model's own."""
-    dtype: MaybeText = None
-    """Of the base weights: float32, bfloat16, float16; without, by hardware."""
-    load_in_8bit: Switch = False
-    """Hold the base weights in 8 bits."""
-    engine: Literal["auto", "packed", "reference"] = "auto"
-    """How training runs; auto is the fastest that is proven for the model."""
-    gradient_checkpointing: Switch = False
-    """Recompute layers in the backward pass: less memory, slower."""
-    compile: Literal["auto", "never", "always"] = "auto"
-    """Compile the layers; auto does where the run is long enough to pay."""
-    token_cache: Switch = True
-    """Texts are tokenised once, for all epochs and later runs, unless --no-token-cache."""
-    lora_dropout: Float = 0.0
-    """Dropout before the adapters."""
-    lora_targets: Texts = ()
-    """Linear layers to adapt; without, those of the architecture."""
-    loss_args: Values = field(default_factory=dict)
-    """Arguments of the loss, as scale=30; of a data set's own, as sts='{scale: 30}'."""
-    matryoshka_dims: Ints = ()
-    """Train embeddings that can be cut to these dimensions."""
-    prompts: Pairs = field(default_factory=dict)
-    """Text before each column's texts, as anchor="query: "."""
-    batch_sampler: Literal["batch_sampler", "no_duplicates", "group_by_label"] = "batch_sampler"
-    """How batches are drawn; no_duplicates keeps equal texts apart."""
-    warmup: Float = 0.1
-    """Steps until the learning rate's peak; below 1, their share of all steps."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
-    """Course of the learning rate after the warm-up."""
-    report_to: Texts = ()
-    """Trackers, as the Hugging Face Trainer names them (tensorboard, wandb …)."""
-    model_args: Values = field(default_factory=dict)
-    """More arguments of from_pretrained, as revision=main."""
-    lora_args: Values = field(default_factory=dict)
-    """More arguments of get_peft_model, as use_rslora=true."""
-    training_args: Values = field(default_factory=dict)
-    """More arguments of the Hugging Face Trainer, as weight_decay=0.01."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +78,7 @@ class TrainConfig:
     full_finetuning: Switch = False
     """Train all weights instead of adapters."""
     exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT…")] = ("merged",)
-    """What to save: merged, gguf:q8_0, torchao:int8_dynamic …"""
+    """What to save: merged, gguf:q8_0, torchao:int8_dynamic, onnx:int8, openvino …"""
     seed: Int = 0
     """Of the adapters' first weights and the order of rows."""
     more: tyro.conf.OmitArgPrefixes[TrainDetails] = field(default_factory=TrainDetails)
@@ -204,7 +124,7 @@ class TrainConfig:
         if self.full_finetuning and (settings := self.lora_settings()):
             text = f"full_finetuning has no adapters; leave {', '.join(settings)} out."
             yield Mistake(text, ("full_finetuning", *settings))
-        about_evaluation = ("eval_steps", "eval_columns", "eval_split", "eval_tasks", "eval_k")
+        about_evaluation = ("eval_steps", "eval_columns", "eval_split", "eval_tasks", "eval_train_data", "eval_k")
         if not self.eval_data and (given := [name for name in about_evaluation if options[name]]):
             verb = "needs" if len(given) == 1 else "need"
             yield Mistake(f"{', '.join(given)} {verb} eval_data.", (*given, "eval_data"))
@@ -230,11 +150,9 @@ class TrainConfig:
             yield Mistake("weights need several data sets.", ("weights", "data"))
         for option in ("losses", "weights"):
             yield from _strangers(option, getattr(self.more, option), "data", self.data)
-        yield from _strangers("eval_tasks", self.more.eval_tasks, "eval_data", self.eval_data)
-        for name, task in self.more.eval_tasks.items():
-            if task not in TASKS:
-                text = f"eval_tasks: {name}={task}: there are {', '.join(TASKS)}. Classification is for evaluate."
-                yield Mistake(text, ("eval_tasks",))
+        for option in ("eval_tasks", "eval_train_data"):
+            yield from _strangers(option, getattr(self.more, option), "eval_data", self.eval_data)
+        yield from self._about_tasks()
         for name in self.more.losses:
             if not isinstance(self.more.loss_args.get(name, {}), Mapping):
                 text = f"loss_args: {name} has a loss of its own; write its arguments as {name}: {{argument: value}}."
@@ -247,6 +165,19 @@ class TrainConfig:
                 yield Mistake(str(error), ("exports",))
         if len(set(choices)) < len(choices):
             yield Mistake(f"exports={list(self.exports)} names one of them twice.", ("exports",))
+
+    def _about_tasks(self) -> Iterator[Mistake]:
+        tasks, probes = self.more.eval_tasks, self.more.eval_train_data
+        for name, task in tasks.items():
+            if task not in TASKS:
+                yield Mistake(f"eval_tasks: {name}={task}: there are {', '.join(TASKS)}.", ("eval_tasks",))
+            elif task == "classification" and name not in probes:
+                text = f"eval_tasks: {name}=classification needs eval_train_data: {name}=FILE for its probe."
+                yield Mistake(text, ("eval_tasks",))
+        for name in probes:
+            if name in self.eval_data and tasks.get(name) != "classification":
+                text = f"eval_train_data: {name} is for a classification; say so (eval_tasks: {name}=classification)."
+                yield Mistake(text, ("eval_train_data",))
 
     def _given_elsewhere(self) -> Iterator[Mistake]:
         for option, own in _ELSEWHERE.items():

@@ -43,7 +43,12 @@ from embtune.train.estimate import estimate_run
 from embtune.train.trainer import SentenceTransformerTrainer
 
 # What the model card does not list among the settings: files and folders of one machine, and what changes no weight.
-_NOT_ON_CARD = ("model", "data", "columns", "eval_data", "eval_columns", "output", "exports", "token_cache")
+_NOT_ON_CARD = (
+    *("model", "data", "columns", "eval_data", "eval_columns", "eval_train_data"),
+    *("output", "exports", "token_cache"),
+)
+
+_CHECKPOINTING: Mapping[str, bool | str] = {"none": False, "selective": "selective", "whole": True}
 
 Loss: TypeAlias = nn.Module | Mapping[str, nn.Module]
 
@@ -149,11 +154,13 @@ def _preflight(config: TrainConfig, trainer: SentenceTransformerTrainer, data: R
     model = trainer.model
     lengths = measure_lengths(model, data.train, config.batch_size, config.more.prompts)
     real = computed = float(tokens_per_step(trainer))
+    read = 0.0
     if lengths is not None:
         real = computed = config.batch_size * trainer.args.gradient_accumulation_steps * lengths["tokens_per_row"]
+        read = lengths["tokens_read"]
         if not lengths["packed"]:
             computed = real / (1 - lengths["padding"])
-    return Preflight(data, lengths, real, model.explain(), estimate_run(trainer, computed))
+    return Preflight(data, lengths, real, model.explain(), estimate_run(trainer, computed, read))
 
 
 def _load_model(config: TrainConfig) -> FastSentenceTransformer:
@@ -167,7 +174,7 @@ def _load_model(config: TrainConfig) -> FastSentenceTransformer:
         load_in_8bit=more.load_in_8bit,
         full_finetuning=config.full_finetuning,
         pooling_mode=more.pooling_mode,
-        use_gradient_checkpointing=more.gradient_checkpointing,
+        use_gradient_checkpointing=_CHECKPOINTING[more.gradient_checkpointing],
         random_state=config.seed,
         engine=more.engine,
         **more.model_args,

@@ -13,7 +13,7 @@ from embtune.data.ranking import embed
 from embtune.errors import DataError
 from embtune.evaluate.bootstrap import Statistic, mean_statistic
 from embtune.evaluate.inputs import as_labels, as_texts, fingerprint
-from embtune.evaluate.result import EvaluationResult
+from embtune.evaluate.result import EvaluationResult, ItemScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +45,12 @@ class ClassificationResult(EvaluationResult):
         pairs = zip(self.labels, self.predictions, strict=True)
         return np.array([label == prediction for label, prediction in pairs])
 
-    @property
-    def item_metric(self) -> str:
-        return "accuracy"
-
-    def item_scores(self) -> np.ndarray:
-        return self.correct.astype(np.float64)
-
-    def item_texts(self) -> list[str]:
-        return list(self.texts)
+    def by_item(self) -> ItemScores:
+        return ItemScores.of_rows("accuracy", self.correct.astype(np.float64), self.texts)
 
     def statistics(self) -> dict[str, Statistic]:
         return {
-            "accuracy": mean_statistic(self.item_scores()),
+            "accuracy": mean_statistic(self.correct.astype(np.float64)),
             "macro_f1": _macro_f1_statistic(self.labels, self.predictions),
         }
 

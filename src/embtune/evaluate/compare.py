@@ -11,7 +11,7 @@ from rich.text import Text
 
 from embtune.errors import ArgumentError, DataError
 from embtune.evaluate.bootstrap import Difference, Statistic, bootstrap
-from embtune.evaluate.result import EvaluationResult
+from embtune.evaluate.result import EvaluationResult, ItemScores
 
 FEW_ITEMS = 30
 TIE = 1e-9  # rounding differs between two runs of the same model by far less
@@ -159,25 +159,25 @@ def compare(
     statistics = before.statistics(), after.statistics()
     changes = {metric: _change(statistics[0][metric], statistics[1][metric]) for metric in before.metrics}
     metrics = bootstrap(values, changes, before.items, samples=samples, confidence=confidence, seed=seed)
-    if before.item_metric is None:
+    items_before, items_after = before.by_item(), after.by_item()
+    if items_before is None or items_after is None:
         return Comparison(before.kind, metrics, None, 0, (), ())
-    items = _item_changes(before, after)
+    items = _item_changes(items_before, items_after)
     regressions = tuple(change for change in items if change.difference < 0)
     improvements = tuple(change for change in reversed(items) if change.difference > 0)
-    return Comparison(before.kind, metrics, before.item_metric, before.items - len(items), regressions, improvements)
+    ties = before.items - len(items)
+    return Comparison(before.kind, metrics, items_before.metric, ties, regressions, improvements)
 
 
 def _change(before: Statistic, after: Statistic) -> Statistic:
     return lambda counts_SN: after(counts_SN) - before(counts_SN)
 
 
-def _item_changes(before: EvaluationResult, after: EvaluationResult) -> list[ItemChange]:
+def _item_changes(before: ItemScores, after: ItemScores) -> list[ItemChange]:
     """The items whose score changed, the worst loss first."""
-    scores_before, scores_after = before.item_scores(), after.item_scores()
-    differences = scores_after - scores_before
-    names, texts = before.item_names(), before.item_texts()
+    differences = after.scores - before.scores
     return [
-        ItemChange(names[item], texts[item], float(scores_before[item]), float(scores_after[item]))
+        ItemChange(before.names[item], before.texts[item], float(before.scores[item]), float(after.scores[item]))
         for item in np.argsort(differences, kind="stable").tolist()
         if abs(differences[item]) > TIE
     ]

@@ -1,12 +1,32 @@
 """What the results of all evaluations have in common, so that any two of a kind can be compared."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from embtune.evaluate.bootstrap import Statistic, intervals
+
+
+@dataclass(frozen=True, eq=False)
+class ItemScores:
+    """What each query, pair or text scores by itself; the lists are in the order of the data."""
+
+    metric: str
+    """Name of the score."""
+    scores: np.ndarray
+    """One for each item (N,); higher is better."""
+    names: list[str]
+    """How reports call the items: by id, or by index in the lists that were given."""
+    texts: list[str]
+    """The items' texts, for people."""
+
+    @classmethod
+    def of_rows(cls, metric: str, scores: np.ndarray, texts: Sequence[str]) -> "ItemScores":
+        """Of items that are known by their index alone."""
+        return cls(metric, scores, [str(row) for row in range(len(texts))], list(texts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,22 +47,9 @@ class EvaluationResult(ABC):
     def statistics(self) -> dict[str, Statistic]:
         """The same metrics as functions of bootstrap draws over the items."""
 
-    @property
-    def item_metric(self) -> str | None:
-        """Name of what `item_scores` holds, or None where a single item has no score of its own."""
+    def by_item(self) -> ItemScores | None:
+        """The scores of single items, or None where an item has none of its own, as in a clustering."""
         return None
-
-    def item_scores(self) -> np.ndarray:
-        """One score per item (N,), in the order of the data."""
-        raise NotImplementedError(f"{self.kind} has no score per item")
-
-    def item_names(self) -> list[str]:
-        """How reports call the items: by id, or by index in the lists that were given."""
-        return [str(item) for item in range(self.items)]
-
-    def item_texts(self) -> list[str]:
-        """The items' texts, for people."""
-        raise NotImplementedError(f"{self.kind} has no score per item")
 
     def intervals(self, **settings: Any) -> dict[str, tuple[float, float]]:
         """Metric -> bootstrap interval over the items; `settings` are those of `bootstrap.intervals`."""

@@ -1,6 +1,6 @@
 """Retrieval: does the model rank the right documents first? nDCG, MRR and recall at k, for each query."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError, DataError
 from embtune.evaluate.bootstrap import Statistic, mean_statistic
 from embtune.evaluate.inputs import fingerprint
-from embtune.evaluate.result import EvaluationResult
+from embtune.evaluate.result import EvaluationResult, ItemScores
 
 KEPT = 10
 
@@ -57,18 +57,8 @@ class RetrievalResult(EvaluationResult):
             )
         return self.hits[query_id][:n]
 
-    @property
-    def item_metric(self) -> str:
-        return f"ndcg@{self.k}"
-
-    def item_scores(self) -> np.ndarray:
-        return self.ndcg
-
-    def item_names(self) -> list[str]:
-        return list(self.queries)
-
-    def item_texts(self) -> list[str]:
-        return list(self.queries.values())
+    def by_item(self) -> ItemScores:
+        return ItemScores(f"ndcg@{self.k}", self.ndcg, list(self.queries), list(self.queries.values()))
 
     def statistics(self) -> dict[str, Statistic]:
         arrays = (self.ndcg, self.mrr, self.recall)
@@ -121,7 +111,9 @@ def evaluate_retrieval(
         query_id: tuple(Hit(document_ids[position], score) for position, score in zip(positions, scores, strict=True))
         for query_id, positions, scores in zip(queries, positions_QN.tolist(), scores_QN.tolist(), strict=True)
     }
-    per_query = np.array([_query_metrics(hits[query_id][:k], grades[query_id], k) for query_id in queries])
+    per_query = np.array(
+        [query_metrics([hit.document_id for hit in hits[query_id][:k]], grades[query_id], k) for query_id in queries]
+    )
     ndcg, mrr, recall = per_query.T
     return RetrievalResult(
         metrics={f"ndcg@{k}": float(ndcg.mean()), f"mrr@{k}": float(mrr.mean()), f"recall@{k}": float(recall.mean())},
@@ -140,9 +132,14 @@ def evaluate_retrieval(
     )
 
 
-def _query_metrics(hits: tuple[Hit, ...], grades: Mapping[str, int], k: int) -> tuple[float, float, float]:
-    """nDCG@k, reciprocal rank within k and recall@k of one query."""
-    gains = np.array([grades.get(hit.document_id, 0) for hit in hits])
+def query_metrics(ranked: Sequence[str], grades: Mapping[str, int], k: int) -> tuple[float, float, float]:
+    """nDCG@k, reciprocal rank within k and recall@k of one query.
+
+    Args:
+        ranked: ids of the documents that were found, best first, at most `k`.
+        grades: relevant document -> its grade, above 0.
+    """
+    gains = np.array([grades.get(document, 0) for document in ranked])
     ideal = np.array(sorted(grades.values(), reverse=True)[:k])
     found = np.flatnonzero(gains)
     reciprocal_rank = 1 / (found[0] + 1) if len(found) else 0.0

@@ -12,7 +12,7 @@ from embtune.data.ranking import embed
 from embtune.errors import DataError, ModelError
 from embtune.evaluate.bootstrap import Statistic
 from embtune.evaluate.inputs import as_texts, check_same_length, fingerprint
-from embtune.evaluate.result import EvaluationResult
+from embtune.evaluate.result import EvaluationResult, ItemScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +38,14 @@ class StsResult(EvaluationResult):
         """Pearson's correlation."""
         return self.metrics["pearson"]
 
-    @property
-    def item_metric(self) -> str:
-        return "rank agreement"
-
-    def item_scores(self) -> np.ndarray:
-        """1 - |rank by similarity - rank by score| / (N - 1): 1 where a pair has its right place in the order."""
-        return 1 - np.abs(rankdata(self.similarities) - rankdata(self.scores)) / (self.items - 1)
-
-    def item_texts(self) -> list[str]:
-        return [" ↔ ".join(pair) for pair in self.pairs]
+    def by_item(self) -> ItemScores:
+        agreement = rank_agreement(self.similarities, self.scores)
+        return ItemScores.of_rows("rank agreement", agreement, [" ↔ ".join(pair) for pair in self.pairs])
 
     def statistics(self) -> dict[str, Statistic]:
-        similarity_ranks, score_ranks = _ranks(self.similarities), _ranks(self.scores)
         similarities, scores = zscore(self.similarities)[None], zscore(self.scores)[None]
         return {
-            "spearman": lambda counts_SN: _correlation(counts_SN, similarity_ranks(counts_SN), score_ranks(counts_SN)),
+            "spearman": spearman_statistic(self.similarities, self.scores),
             "pearson": lambda counts_SN: _correlation(counts_SN, similarities, scores),
         }
 
@@ -92,6 +84,17 @@ def evaluate_sts(
         scores=scores_N,
         similarities=similarities_N,
     )
+
+
+def rank_agreement(similarities_N: np.ndarray, scores_N: np.ndarray) -> np.ndarray:
+    """1 - |rank by similarity - rank by score| / (N - 1) of each pair: 1 where it has its right place in the order."""
+    return 1 - np.abs(rankdata(similarities_N) - rankdata(scores_N)) / (len(scores_N) - 1)
+
+
+def spearman_statistic(similarities_N: np.ndarray, scores_N: np.ndarray) -> Statistic:
+    """Spearman's correlation as a function of draws."""
+    similarity_ranks, score_ranks = _ranks(similarities_N), _ranks(scores_N)
+    return lambda counts_SN: _correlation(counts_SN, similarity_ranks(counts_SN), score_ranks(counts_SN))
 
 
 def _checked_scores(scores: list[float], sentences: list[str]) -> np.ndarray:

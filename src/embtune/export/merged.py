@@ -82,7 +82,7 @@ def save_merged(
         settle_card(staging, target.name, {type(model): SentenceTransformer, **classes})
         make_compatible(staging, model)
         if verify:
-            embedding_parity(model, staging, minimum=_required_cosine(model, staging))
+            embedding_parity(model, staging, minimum=required_cosine(model, staging))
     return target
 
 
@@ -120,7 +120,7 @@ def save_compatible(
         settle_card(staging, target.name, {type(model): SentenceTransformer})
         make_compatible(staging, model)
         if verify and not adapted:
-            embedding_parity(model, staging, minimum=_required_cosine(model, staging))
+            embedding_parity(model, staging, minimum=required_cosine(model, staging))
     return target
 
 
@@ -147,7 +147,7 @@ def _save_transformer(transformer: Transformer, dtype: torch.dtype | None, outpu
     transformer.save_config(output_path)
 
 
-def _required_cosine(model: SentenceTransformer, folder: Path) -> float:
+def required_cosine(model: SentenceTransformer, folder: Path) -> float:
     """What rounding alone leaves of the agreement; a wrong merge falls far below it."""
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return 0.99

@@ -1,6 +1,6 @@
 """Does a saved folder give the embeddings of the model that was trained? Measured, in float32, on fixed texts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -81,17 +81,44 @@ def embedding_parity(
     Raises:
         ExportError: a text stays below `minimum`, and the message names it; or the folder cannot be loaded.
     """
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        try:
+            reloaded = _reload(folder, model)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ExportError(f"sentence-transformers cannot load what was saved in {folder}: {error}") from error
+        return _embed(reloaded, texts)
+
+    return compare_embeddings(model, embed, folder, texts, minimum=minimum)
+
+
+def compare_embeddings(
+    model: SentenceTransformer,
+    embed: Callable[[Sequence[str]], Tensor],
+    saved: str | Path,
+    texts: Sequence[str] | None = None,
+    *,
+    minimum: float,
+) -> Parity:
+    """As `embedding_parity`, for what sentence-transformers does not load: `embed` computes with what was saved.
+
+    Args:
+        model: the live model, in training or not.
+        embed: texts -> their embeddings [texts, dimensions] on the CPU, in the order of the texts.
+        saved: what was saved, for messages.
+        texts: None takes `PARITY_TEXTS`.
+        minimum: the cosine that every text must reach.
+
+    Raises:
+        ExportError: a text stays below `minimum`, and the message names it.
+    """
     texts = PARITY_TEXTS if texts is None else tuple(texts)
     with _computing_in_float32(model):
         expected = _embed(model, texts)
-    try:
-        reloaded = _reload(folder, model)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"sentence-transformers cannot load what was saved in {folder}: {error}") from error
-    actual = _embed(reloaded, texts)
+    actual = embed(texts)
     if expected.shape != actual.shape:
         raise ExportError(
-            f"{folder}: its embeddings have {actual.shape[1]} dimensions, the trained model's have {expected.shape[1]}."
+            f"{saved}: its embeddings have {actual.shape[1]} dimensions, the trained model's have {expected.shape[1]}."
         )
     # Without a number there is no agreement either.
     cosines = cosine_similarity(expected.double(), actual.double()).nan_to_num(nan=-1.0)
@@ -100,7 +127,7 @@ def embedding_parity(
     parity = Parity(cosines.mean().item(), cosines[worst].item(), text, len(cosines))
     if parity.minimum < minimum:
         raise ExportError(
-            f"The model in {folder} is not the one that was trained: for the text {text!r} the two embeddings have "
+            f"The model in {saved} is not the one that was trained: for the text {text!r} the two embeddings have "
             f"a cosine of {parity.minimum:.6f}, below {minimum} (mean over {len(cosines)} texts: {parity.mean:.6f})."
         )
     collected = _COLLECTED.get()

@@ -3,7 +3,7 @@
 A loss may be handed embeddings only if its forward asks the model for the embedding of each column, once, and for
 nothing else. Every other loss, a user's own included, calls the model itself. That covers those with a second model (a
 guide, a copy), which must never see one model's features, and those that look inside (AdaptiveLayer,
-DenoisingAutoEncoder). Only a loss that listens to the encoder's layers cannot be served: they compute one flat row.
+DenoisingAutoEncoder). Only a loss that listens to the model's modules cannot be served: they compute one flat row.
 """
 
 import warnings
@@ -16,8 +16,7 @@ from torch import nn
 
 from embtune.errors import EmbtuneWarning
 from embtune.models.engine import switch_to_reference
-from embtune.models.families import encoder_layers
-from embtune.models.modules import transformer_modules
+from embtune.models.heads import foreign_pre_hooks
 
 
 class Service(Enum):
@@ -100,13 +99,13 @@ def takes_one_pass(loss: nn.Module) -> bool:
 def fall_back_for(losses_of_run: Iterable[nn.Module], model: SentenceTransformer) -> None:
     """Take `model` to the reference engine, with a warning, if packed rows cannot serve one of the losses.
 
-    That is a loss outside the table, while somebody has hooks in the encoder's layers: they would be shown one flat row
+    That is a loss outside the table, while somebody has hooks in the model's modules: they would be shown one flat row
     [1, tokens, …] where the loss expects its batch.
     """
     unknown = [type(part).__name__ for loss in losses_of_run for part in _nested(loss) if not is_known(part)]
     if not unknown or not _is_listened_to(model):
         return
-    reason = f"{', '.join(unknown)} may listen to the encoder's layers, in which there are hooks"
+    reason = f"{', '.join(unknown)} may listen to the model's modules, in which there are hooks"
     warnings.warn(
         f"{reason}: a packed row would show them all texts as one, so padded batches are used. "
         'Load the model with engine="reference" to ask for that yourself, or remove the hooks.',
@@ -123,6 +122,4 @@ def _nested(loss: nn.Module | None) -> Iterator[nn.Module]:
 
 
 def _is_listened_to(model: SentenceTransformer) -> bool:
-    layers = [layer for transformer in transformer_modules(model) for layer in encoder_layers(transformer.model)]
-    modules = [module for layer in layers for module in layer.modules()]
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(module._forward_hooks or foreign_pre_hooks(module) for part in model for module in part.modules())

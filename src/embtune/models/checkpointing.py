@@ -125,6 +125,11 @@ def describe_gradient_checkpointing(backbone: nn.Module) -> str:
     return f"on, {by}: {len(layers)} × {type(layers[0]).__name__} {what}"
 
 
+def recomputes_layers(backbone: nn.Module) -> bool:
+    """Whether whole layers are computed again in the backward pass."""
+    return bool(_checkpointing_layers(unwrapped(backbone))) and not is_selective(backbone)
+
+
 def is_selective(backbone: nn.Module) -> bool:
     """Whether every layer that is recomputed keeps what was dear to compute, as `"selective"` has it."""
     layers: list[Any] = _checkpointing_layers(unwrapped(backbone))

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+    WeightedLayerPooling,
+)
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -24,6 +32,9 @@ from embtune.packing import attention
 from embtune.packing.layout import RowAttention
 
 ENGINES = ("auto", "packed", "reference")
+
+# Behind the encoder: what looks at one token or one embedding at a time, and pooling, which knows a flat row.
+_PROVEN_MODULES = frozenset({Dense, Dropout, LayerNorm, Normalize, Pooling, WeightedLayerPooling})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +62,24 @@ class Engine:
         tiles = self.tiles and (self.triton or not flash)
         return attention.row_attention_for(device, dtype, longest, tiles=tiles, flash=flash)
 
-    def packs(self, backbone: nn.Module) -> bool:
-        """Whether batches become flat rows: not once somebody has given the backbone another attention again."""
-        if self.name != "packed":
+    def packs(self, model: SentenceTransformer) -> bool:
+        """Whether batches become flat rows: not once somebody has changed the model to one that cannot take them."""
+        if self.name != "packed" or not isinstance(model[0], Transformer) or unproven_module(model):
             return False
-        bare = unwrapped(backbone)
+        bare = unwrapped(model[0].model)
         return bare.config._attn_implementation == attention.ATTENTION or has_swaps(bare)
 
-    def fallback(self, backbone: nn.Module) -> str | None:
+    def fallback(self, model: SentenceTransformer) -> str | None:
         """Why a model that was loaded to be packed computes padded batches all the same; None where it does not."""
-        if self.name != "packed" or self.packs(backbone):
+        if self.name != "packed" or self.packs(model):
             return None
-        implementation = unwrapped(backbone).config._attn_implementation
-        return f"padded batches, because its attention was set to {implementation!r} after loading"
+        if obstacle := unproven_module(model):
+            return f"padded batches, because {obstacle}"
+        implementation = unwrapped(model[0].model).config._attn_implementation
+        return (
+            f"padded batches, because its attention was set to {implementation!r} after loading; "
+            "load the model again to train faster"
+        )
 
 
 def choose_engine(requested: str, model: SentenceTransformer, attn_implementation: str | None = None) -> Engine:
@@ -86,7 +102,7 @@ def choose_engine(requested: str, model: SentenceTransformer, attn_implementatio
     if obstacle is None and requested == "auto":
         obstacle = _slower(model)
     if obstacle is not None:
-        if obstacle in (LENGTH_DEPENDENT, CONVOLUTION):
+        if obstacle in (LENGTH_DEPENDENT, CONVOLUTION, unproven_module(model)):
             # Others of its architecture are packed, so nobody would expect it.
             warnings.warn(f"This model is computed in padded batches: {obstacle}.", EmbtuneWarning, stacklevel=3)
         return Engine(name="reference", reason=f"padded batches, because {obstacle}")
@@ -114,7 +130,13 @@ def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> st
         return obstacle
     if set(model[0].modality_config) != {"text"} or model[0].modality_config["text"]["method"] != "forward":
         return "it takes more than plain text"
-    return None
+    return unproven_module(model)
+
+
+def unproven_module(model: SentenceTransformer) -> str | None:
+    """The module behind the encoder that keeps a model from being packed (CNN reads across texts), or None."""
+    unproven = [type(module).__name__ for module in list(model)[1:] if type(module) not in _PROVEN_MODULES]
+    return f"its {unproven[0]} module may read across texts" if unproven else None
 
 
 def _slower(model: SentenceTransformer) -> str | None:

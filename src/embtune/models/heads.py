@@ -3,7 +3,7 @@
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _widen_tokens(_module: Pooling, args: tuple[dict[str, Tensor], ...]) -> None:
@@ -14,6 +14,11 @@ def _widen_tokens(_module: Pooling, args: tuple[dict[str, Tensor], ...]) -> None
 def _widen_input(module: Dense, args: tuple[dict[str, Tensor], ...]) -> None:
     features = args[0]
     features[module.module_input_name] = features[module.module_input_name].to(module.linear.weight.dtype)
+
+
+def foreign_pre_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward pre-hooks that `keep_heads_in_float32` did not put there."""
+    return not {_widen_tokens, _widen_input}.issuperset(module._forward_pre_hooks.values())
 
 
 def keep_heads_in_float32(model: SentenceTransformer) -> None:

@@ -51,6 +51,14 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "modules.json", "adapter_config.json"))
 
 
+def _only_graph(folder: Path) -> str | None:
+    """The ONNX or OpenVINO graph of a folder that has no weights to load, or None."""
+    if any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
+        return None
+    graphs = (*folder.glob("onnx/*.onnx"), *folder.glob("openvino/*.xml"))
+    return next((path.relative_to(folder).as_posix() for path in sorted(graphs)), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where a checkpoint comes from; the names are those of `from_pretrained`."""
@@ -85,6 +93,11 @@ class Source:
             inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _holds_model(folder))
             if inside:
                 raise ModelError(f"{self.name} is no model itself, but holds {', '.join(inside)}; name that folder.")
+        if path.is_dir() and (graph := _only_graph(path)):
+            raise ModelError(
+                f"{self.name} holds a graph ({graph}) and no weights, as an export for other runtimes leaves it. "
+                "Load the model that it was exported from."
+            )
 
     def renamed(self, name: str) -> "Source":
         """The base that an adapter names: of its own repository, where the adapter's revision means nothing."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from embtune.errors import EmbtuneError, EmbtuneWarning
+from embtune.report.alive import this_process
 
 EVENTS = "events.jsonl"
 """Name of the file within a run's folder."""
@@ -66,7 +67,8 @@ class EventLog:
     @contextmanager
     def run(self, command: str, settings: Mapping[str, Any], machine: Mapping[str, str]) -> Iterator[None]:
         """Write how the run began and how it ended: `finished`, `interrupted` (Ctrl-C), or `failed` with the reason."""
-        self.write("run", format=FORMAT, command=command, settings=settings, machine=machine)
+        process = this_process()
+        self.write("run", format=FORMAT, command=command, settings=settings, machine=machine, process=process)
         try:
             yield
         except KeyboardInterrupt:

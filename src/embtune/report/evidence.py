@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from embtune.data.retrieval import RetrievalData
 from embtune.evaluate.compare import Comparison, ItemChange
-from embtune.evaluate.result import EvaluationResult
+from embtune.evaluate.result import EvaluationResult, ItemScores
 from embtune.evaluate.retrieval import RetrievalResult
 
 PAIRS = 150  # on the map: twice as many points
@@ -104,10 +104,11 @@ class Evidence:
             "item_metric": comparison.item_metric,
             "counts": {"better": comparison.wins, "worse": comparison.losses, "unchanged": comparison.ties},
         }
-        if comparison.item_metric is not None:
-            fields["queries"] = _queries(before, after, comparison)
+        items_before, items_after = before.by_item(), after.by_item()
+        if items_before is not None and items_after is not None:
+            fields["queries"] = _queries(items_before, items_after, comparison)
             if before.items <= ITEMS:
-                scores = {"before": before.item_scores(), "after": after.item_scores()}
+                scores = {"before": items_before.scores, "after": items_after.scores}
                 fields["scores"] = {side: np.round(values, 4) for side, values in scores.items()}
         return fields
 
@@ -147,12 +148,12 @@ class _Texts:
         return self._numbers[document]
 
 
-def _queries(before: EvaluationResult, after: EvaluationResult, comparison: Comparison) -> list[dict[str, Any]]:
+def _queries(before: ItemScores, after: ItemScores, comparison: Comparison) -> list[dict[str, Any]]:
     """The worst regressions, the best improvements, and unchanged items in the order of the data; worst first."""
     worse, better = _fair_shares(len(comparison.regressions), len(comparison.improvements), QUERIES)
     changes = [*comparison.regressions[:worse], *reversed(comparison.improvements[:better])]
     changed = {change.item for change in (*comparison.regressions, *comparison.improvements)}
-    rows = zip(before.item_names(), before.item_texts(), before.item_scores(), after.item_scores(), strict=True)
+    rows = zip(before.names, before.texts, before.scores, after.scores, strict=True)
     same = [ItemChange(name, text, old, new) for name, text, old, new in rows if name not in changed]
     changes[worse:worse] = same[: QUERIES - len(changes)]
     return [

@@ -38,7 +38,7 @@ def explain_model(model: SentenceTransformer, engine: Engine, notes: LoadNotes |
     rows: list[tuple[str, str, str]] = []
     if notes is not None:
         rows.append(("model", notes.name, ""))
-    fallback = engine.fallback(model[0].model) if engine.name == "packed" else None
+    fallback = engine.fallback(model)
     rows.append(("engine", "reference", fallback) if fallback else ("engine", engine.name, engine.reason))
     rows.append(("device", str(model.device), ""))
     for transformer in transformer_modules(model):

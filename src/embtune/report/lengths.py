@@ -29,8 +29,8 @@ def measure_lengths(
     Returns:
         The fields of a `lengths` event, or None for a model that reads no tokens: `rows`; `tokens_per_row`; `columns`
         (name -> `counts` of a histogram over `edges`, `mean`, `longest`); `truncated`, the share of texts that fill
-        `max_seq_length`; `padding`, the share of a padded trainer's tokens that is padding; and `packed`, whether this
-        model leaves it out.
+        `max_seq_length`; `padding`, the share of a padded trainer's tokens that is padding; `packed`, whether this
+        model leaves it out; and `tokens_read`, how many tokens attention reads for each that this model computes.
     """
     generator = np.random.default_rng(seed)
     parts = [_sample(model, rows, prompts or {}, generator) for rows in datasets.values()]
@@ -45,6 +45,9 @@ def measure_lengths(
     rows = sum(len(next(iter(part.values()))) for part in found)
     edges = np.linspace(0, max(BINS, int(every.max())), BINS + 1)
     limit = model.max_seq_length
+    packed = bool(getattr(model, "packs", False))
+    padded = np.concatenate([_padded(part, batch_size) for part in found])
+    computed = every if packed else padded
     return {
         "rows": rows,
         "tokens_per_row": float(every.sum() / rows),
@@ -53,8 +56,9 @@ def measure_lengths(
         "max_seq_length": limit,
         "truncated": float((every >= limit).mean()) if limit else 0.0,
         "batch_size": batch_size,
-        "padding": 1 - float(every.sum()) / sum(_padded(part, batch_size) for part in found),
-        "packed": bool(getattr(model, "packs", False)),
+        "padding": 1 - float(every.sum() / padded.sum()),
+        "packed": packed,
+        "tokens_read": float((computed**2).sum() / computed.sum()),
     }
 
 
@@ -89,10 +93,12 @@ def _describe(lengths_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
     return {"counts": counts, "mean": float(lengths_N.mean()), "longest": int(lengths_N.max())}
 
 
-def _padded(columns: Mapping[str, np.ndarray], batch_size: int) -> int:
-    """Tokens of all batches, each column of each batch as wide as its longest text."""
-    return sum(
-        len(batch) * int(batch.max())
-        for lengths_N in columns.values()
-        for batch in np.split(lengths_N, range(batch_size, len(lengths_N), batch_size))
+def _padded(columns: Mapping[str, np.ndarray], batch_size: int) -> np.ndarray:
+    """Tokens of each text (N,) where each column of a batch is as wide as its longest text."""
+    return np.concatenate(
+        [
+            np.full_like(batch, batch.max())
+            for lengths_N in columns.values()
+            for batch in np.split(lengths_N, range(batch_size, len(lengths_N), batch_size))
+        ]
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embtune.errors import ArgumentError
+from embtune.report.alive import is_gone
 from embtune.report.events import EVENTS, FORMAT, read_events
 
 SILENCE = 60.0  # seconds without an event while steps follow each other
@@ -36,13 +37,15 @@ class Run:
     name: str
     """Its folder's name."""
     state: str = "waiting"
-    """`waiting` (no events yet), `running`, `stalled`, `finished`, `interrupted` or `failed`."""
+    """`waiting` (no events yet), `running`, `stalled`, `killed`, `finished`, `interrupted` or `failed`."""
     command: str = "train"
     """The verb that wrote it."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Every option, resolved."""
     machine: dict[str, str] = field(default_factory=dict)
     """Device and versions."""
+    process: dict[str, Any] = field(default_factory=dict)
+    """What writes the events, as `alive.this_process` gives it; empty in files of older versions."""
     started: float | None = None
     """Seconds since 1970; of the last start, where the run was resumed."""
     training: tuple[float, int] | None = None
@@ -111,9 +114,12 @@ class Run:
             self._longest_gap = max(self._longest_gap, now - self.last)
         self.last = now
 
-    def judge_silence(self, now: float) -> None:
-        """Call a run stalled that has said nothing for longer than it should."""
+    def judge(self, now: float) -> None:
+        """Call a run killed whose process is gone, and one stalled that has said nothing for longer than it should."""
         if self.state != "running" or self.last is None:
+            return
+        if self.process and is_gone(self.process, self.last):
+            self.state = "killed"
             return
         patience = SILENCE if self.phase == "Training" and self.step else LONG_SILENCE
         if now - self.last > max(patience, USUAL_GAPS * self._longest_gap):
@@ -125,6 +131,8 @@ class Run:
         self.state, self.error, self.phase = "running", None, "Starting"
         self.command = str(event["command"])
         self.settings, self.machine = dict(event["settings"]), dict(event["machine"])
+        process = event.get("process")
+        self.process = {"place": str(process["place"]), "pid": int(process["pid"])} if process else {}
         self.started = float(event["time"])
         self.comparisons, self.exports = [], []
 
@@ -225,5 +233,5 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
             if isinstance(error, ArgumentError):
                 raise
             run.damaged += 1
-    run.judge_silence(time.time() if now is None else now)
+    run.judge(time.time() if now is None else now)
     return run

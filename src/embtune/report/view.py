@@ -1,5 +1,6 @@
 """Runs as the page's template wants them: tables of ready-made texts, plots, and the data of the query explorer."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ STATES = {
     "waiting": "Waiting for the first event",
     "running": "Running",
     "stalled": "Stalled",
+    "killed": "Killed",
     "finished": "Finished",
     "interrupted": "Stopped by Ctrl-C",
     "failed": "Failed",
@@ -86,6 +88,7 @@ def _overview(series: int, run: Run) -> dict[str, Any]:
         "state_text": STATES[run.state],
         "phase": run.phase,
         "error": run.error,
+        "resume": _resume(run),
         "running": run.running,
         "damaged": run.damaged,
         "resumed": run.resumed,
@@ -107,6 +110,13 @@ def _overview(series: int, run: Run) -> dict[str, Any]:
         "forgetting": _forgetting(run),
         "checkpoints": len(run.checkpoints),
     }
+
+
+def _resume(run: Run) -> str | None:
+    """The command that goes on from the last checkpoint; only runs of `train` have one."""
+    if run.command != "train" or not run.checkpoints:
+        return None
+    return f"embtune train --resume {shlex.quote(str(run.settings.get('output', run.name)))}"
 
 
 def _data_names(run: Run) -> str:

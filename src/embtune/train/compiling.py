@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from embtune.accelerate.breakeven import CompileDecision, decide
 from embtune.accelerate.compiling import compile_layers, has_dropout, layer_parameters, uncompile_layers
 from embtune.files import read_json
-from embtune.models.checkpointing import describe_gradient_checkpointing
+from embtune.models.checkpointing import recomputes_layers
 from embtune.models.families import encoder_layers
 from embtune.models.modules import transformer_modules
 
@@ -79,7 +79,7 @@ def compile_settings(trainer: "SentenceTransformerTrainer") -> dict[str, Any]:
         "parameters": sum(layer_parameters(backbone) for backbone in backbones),
         "tokens_per_step": tokens_per_step(trainer),
         "trainable": "full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
-        "checkpointing": any(describe_gradient_checkpointing(backbone) != "off" for backbone in backbones),
+        "checkpointing": any(recomputes_layers(backbone) for backbone in backbones),
         "dtype": model.dtype,
         "dropout": any(has_dropout(backbone) for backbone in backbones),
         "layers": sum(len(encoder_layers(backbone)) for backbone in backbones),

@@ -1,5 +1,8 @@
 """What a run will take, estimated before its first step."""
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,17 +10,27 @@ import torch
 
 from embtune.accelerate.breakeven import CompileEstimate
 from embtune.losses.services import Service, service_of
-from embtune.models.checkpointing import describe_gradient_checkpointing
+from embtune.models.checkpointing import describe_gradient_checkpointing, is_selective
 from embtune.models.families import encoder_layers, unwrapped
 from embtune.models.modules import transformer_modules
 from embtune.train.compiling import compile_settings, steps_of_run
 from embtune.train.trainer import SentenceTransformerTrainer
 
 # Numbers that a layer keeps for its backward pass, per token and hidden unit. From benchmarks/results: BERT-base with
-# LoRA on one H200, 12.4 GiB at 128 × 210 tokens (train_gpu.jsonl); MiniLM on a CPU, 3.3 GiB at a batch of 64
+# LoRA on one H200, 8.6 GiB at 128 × 210 tokens (train_gpu.jsonl); MiniLM on a CPU, 3.3 GiB at a batch of 64
 # (train_cpu.jsonl), where attention keeps its scores.
-_KEPT = {"cuda": 26, "cpu": 44}
+_KEPT = {"cuda": 18, "cpu": 44}
 _KEPT_CHECKPOINTED = 1
+# BERT: input, query, key, value, attention, its projection, four of the wide product, and the narrow one.
+_KEPT_SELECTIVE = 11
+# What a step takes on a CPU: fitted to 39 kinds of run on one thread of an AMD EPYC (MiniLM and layers of BERT-base,
+# texts of 14 to 240 tokens, both engines, LoRA and full); benchmarks/results/step_estimate.jsonl compares it with runs.
+# Only the products shrink with the square of the width; on MiniLM they are half of a step or less.
+_PRODUCTS = {torch.float32: 95e9, torch.bfloat16: 420e9}  # operations a second
+_ATTENTION = 0.39e-9  # seconds for each layer, hidden unit, token, and token that it reads
+_OTHERS = 82e-9  # for each layer, hidden unit and token: norms, activations, dropout, adapters, casts
+_STEP = 0.05  # for each step: launching, loss, optimizer
+_PROBE = 512, 384  # tokens and width of the product that tells how fast this machine is
 _ADAM = 8  # bytes: two moments in float32
 _PROCESS = 0.8e9  # bytes of Python and the libraries, which count where the memory is the machine's
 
@@ -51,17 +64,56 @@ class RunEstimate:
         }
 
 
-def estimate_run(trainer: SentenceTransformerTrainer, tokens_per_step: float) -> RunEstimate:
-    """Estimate from the sizes of model and batch alone; within a factor of two or three, not closer.
+def estimate_run(
+    trainer: SentenceTransformerTrainer, tokens_per_step: float, tokens_read: float, speed: float | None = None
+) -> RunEstimate:
+    """Estimate from the sizes of model and batch, and on a CPU from how fast it multiplies.
 
     Args:
         tokens_per_step: what the encoder computes in a step, padding included where it pads.
+        tokens_read: how many tokens each of these reads in attention, on average.
+        speed: of this machine, as `cpu_speed` measures it; None measures it now.
     """
-    device = trainer.model.device.type
-    settings = compile_settings(trainer) | {"tokens_per_step": max(1, round(tokens_per_step))}
-    known = device in ("cpu", "cuda")
-    seconds = CompileEstimate(**settings).uncompiled_seconds if known else None
+    seconds = _step_seconds(trainer, tokens_per_step, tokens_read, speed)
     return RunEstimate(steps_of_run(trainer), seconds, round(_memory(trainer, tokens_per_step)))
+
+
+def cpu_speed(clock: Callable[[], float] = time.perf_counter) -> float:
+    """How many times as fast this machine multiplies, all threads together, as the one whose steps were measured.
+
+    Args:
+        clock: seconds; those of `time.process_time` leave out what others do with the processor.
+    """
+    tokens, width = _PROBE
+    states, weight = torch.ones(tokens, width), torch.ones(4 * width, width)
+    seconds = []
+    for _ in range(6):
+        start = clock()
+        torch.nn.functional.linear(states, weight)
+        seconds.append(clock() - start)
+    operations = 2 * tokens * width * 4 * width
+    return operations / statistics.median(seconds[1:]) / _PRODUCTS[torch.float32]
+
+
+def _step_seconds(
+    trainer: SentenceTransformerTrainer, tokens: float, tokens_read: float, speed: float | None
+) -> float | None:
+    device = trainer.model.device.type
+    if device not in ("cpu", "cuda"):
+        return None
+    settings = CompileEstimate(**compile_settings(trainer) | {"tokens_per_step": max(1, round(tokens))})
+    if device == "cuda":
+        return settings.uncompiled_seconds
+    return _cpu_seconds(trainer, settings, tokens_read) / (speed or cpu_speed()) + _STEP
+
+
+def _cpu_seconds(trainer: SentenceTransformerTrainer, settings: CompileEstimate, tokens_read: float) -> float:
+    passes = 2 + (settings.trainable == "full") + settings.checkpointing
+    operations = 2 * passes * settings.parameters * settings.tokens_per_step
+    products = operations / _PRODUCTS.get(settings.dtype, _PRODUCTS[torch.float32])
+    hidden = max(unwrapped(part.model).config.hidden_size for part in transformer_modules(trainer.model))
+    units = settings.layers * hidden * settings.tokens_per_step * (1 + settings.checkpointing / 2)
+    return products + units * (_OTHERS + _ATTENTION * tokens_read)
 
 
 def _memory(trainer: SentenceTransformerTrainer, tokens_per_step: float) -> float:
@@ -82,7 +134,7 @@ def _activations(backbone: torch.nn.Module, tokens: float) -> float:
     layers = len(encoder_layers(backbone))
     if describe_gradient_checkpointing(backbone) == "off":
         return layers * kept
-    return layers * one_layer * _KEPT_CHECKPOINTED + kept
+    return layers * one_layer * (_KEPT_SELECTIVE if is_selective(backbone) else _KEPT_CHECKPOINTED) + kept
 
 
 def _share_at_once(trainer: SentenceTransformerTrainer) -> float:

@@ -219,11 +219,9 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
 
 def _warn_of_fallback(model: SentenceTransformer) -> None:
     engine = getattr(model, "engine", None)
-    why = engine.fallback(model[0].model) if engine is not None and engine.name == "packed" else None
+    why = engine.fallback(model) if engine is not None else None
     if why is not None:
-        warnings.warn(
-            f"The packed engine is off: {why}. Load the model again to train faster.", EmbtuneWarning, stacklevel=3
-        )
+        warnings.warn(f"The packed engine is off: {why}.", EmbtuneWarning, stacklevel=3)
 
 
 def _with_roles(datasets: Datasets, columns: Mapping[str, str] | None, source: str) -> Datasets:
