@@ -214,3 +214,12 @@ def tiny_model_dir(model_type: str, folder: Path, *, bare: bool = False, **overr
         modules = [Transformer(str(folder)), Pooling(HIDDEN, pooling_mode=pooling), Normalize()]
         SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder))
     return folder
+
+
+def randomise_adapter(model: torch.nn.Module, std: float = 0.1, seed: int = 0) -> None:
+    """Give the B of LoRA adapters numbers; at B = 0 the adapter changes nothing, and A has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))

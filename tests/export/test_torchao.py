@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny import TEXTS
+from tiny import TEXTS, randomise_adapter
 from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
@@ -26,11 +26,7 @@ def adapted(folder: Path) -> SentenceTransformer:
     model = SentenceTransformer(str(folder), device="cpu")
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
     model[0].model = get_peft_model(model[0].model, config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.06)
+    randomise_adapter(model, std=0.06)
     return model
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tiny import randomise_adapter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -24,11 +25,7 @@ TinyDir = Callable[..., Path]
 def load(folder: Path, **settings: object) -> FastSentenceTransformer:
     model = FastSentenceTransformer.from_pretrained(folder, device="cuda", dtype="bfloat16", engine="packed")
     model = FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8, **settings)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    randomise_adapter(model, std=0.05)
     return model
 
 

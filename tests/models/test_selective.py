@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import ARCHITECTURES, TEXTS, tiny_backbone
+from tiny import ARCHITECTURES, TEXTS, randomise_adapter, tiny_backbone
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
@@ -81,11 +81,7 @@ def load(folder: Path, how: str, **settings: Any) -> FastSentenceTransformer:
     if how == "full":
         return model
     model = FastSentenceTransformer.get_peft_model(model, r=4, lora_alpha=8, lora_dropout=0.1 * (how == "dropout"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
+    randomise_adapter(model, std=0.1)
     return model
 
 

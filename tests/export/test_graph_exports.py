@@ -11,7 +11,7 @@ from onnxruntime import InferenceSession
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
-from tiny import ARCHITECTURES, HIDDEN, TEXTS, tiny_model_dir
+from tiny import ARCHITECTURES, HIDDEN, TEXTS, randomise_adapter, tiny_model_dir
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer
@@ -39,11 +39,7 @@ def with_adapter(model: SentenceTransformer) -> SentenceTransformer:
     """An adapter that changes the embeddings."""
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
     model[0].model = get_peft_model(model[0].model, config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.06)
+    randomise_adapter(model, std=0.06)
     return model
 
 
