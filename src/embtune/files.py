@@ -45,6 +45,7 @@ def atomic_folder(target: str | Path, replaces: Callable[[Path], Collection[str]
     try:
         staging.chmod(target.stat().st_mode if target.exists() else 0o777 & ~_umask())
         yield staging
+        _give_usual_modes(staging)
         if fixed:
             _replace_entries(staging, target, replaces)
         elif target.exists():
@@ -72,6 +73,13 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
         yield Path(inside)
         for file in Path(inside).iterdir():
             file.replace(folder / file.name)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let files be read by whoever may read the user's files; some writers make theirs as private as temporary ones."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -89,3 +89,15 @@ def test_a_mark_is_left_where_it_can_be(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "mark").exists()
     (tmp_path / "file").touch()
     leave_mark(tmp_path / "file" / "mark")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_checkpointing": "selective"}, "gradient_checkpointing='selective' must be True or False here"),
+        ({"dataset_weights": {"faq": "2"}}, "dataset_weights: faq='2' must be a number above 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        arguments(tmp_path, **settings)

@@ -24,6 +24,7 @@ from embtune.data.columns import LABEL_ROLES, ColumnRoles
 from embtune.data.readers import read_dataset, read_raw
 from embtune.data.recognise import RecognisedColumns, recognise_columns
 from embtune.data.same_text import shortened
+from embtune.errors import DataError
 from embtune.files import write_text
 
 _SAMPLE = 1_000  # rows from which roles are recognised
@@ -40,7 +41,11 @@ def run_init(config: InitConfig, console: Console | None = None) -> int:
     console = console or make_console()
     with working(console, f"Reading {config.data}"):
         found = _recognise(config)
-        rows = read_dataset(config.data, columns=found.roles)
+        try:
+            rows = read_dataset(config.data, columns=found.roles)
+        except DataError as error:
+            remedy = f"embtune check {shlex.quote(str(config.data))} --fix"
+            raise DataError(f"{error} {remedy} writes a copy without such rows.") from error
     settings = _settings(config, found, rows)
     check_columns(settings["loss"], config.data, rows)
     check_labels(settings["loss"], {}, config.data, rows)

@@ -99,6 +99,8 @@ class TrainConfig:
         for name in ("epochs", "learning_rate", "lora_alpha"):
             if options[name] is not None and not 0 < options[name] < float("inf"):
                 yield Mistake(f"{name}={options[name]} must be more than 0.", (name,))
+        if 1 < (self.learning_rate or 0) < float("inf"):
+            yield Mistake(f"learning_rate={self.learning_rate} must be at most 1; 2e-4 is usual.", ("learning_rate",))
         for name, weight in self.more.weights.items():
             if not 0 < weight < float("inf"):
                 yield Mistake(f"weights: {name}={weight} must be more than 0.", ("weights",))

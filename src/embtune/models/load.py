@@ -51,11 +51,11 @@ def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "modules.json", "adapter_config.json"))
 
 
-def _only_graph(folder: Path) -> str | None:
-    """The ONNX or OpenVINO graph of a folder that has no weights to load, or None."""
+def _only_exported(folder: Path) -> str | None:
+    """What an export for other runtimes left in a folder that has no weights to load, or None."""
     if any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
         return None
-    graphs = (*folder.glob("onnx/*.onnx"), *folder.glob("openvino/*.xml"))
+    graphs = (*folder.glob("onnx/*.onnx"), *folder.glob("openvino/*.xml"), *folder.glob("*.gguf"))
     return next((path.relative_to(folder).as_posix() for path in sorted(graphs)), None)
 
 
@@ -93,9 +93,9 @@ class Source:
             inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _holds_model(folder))
             if inside:
                 raise ModelError(f"{self.name} is no model itself, but holds {', '.join(inside)}; name that folder.")
-        if path.is_dir() and (graph := _only_graph(path)):
+        if path.is_dir() and (exported := _only_exported(path)):
             raise ModelError(
-                f"{self.name} holds a graph ({graph}) and no weights, as an export for other runtimes leaves it. "
+                f"{self.name} holds {exported} and no weights to load, as an export for other runtimes leaves it. "
                 "Load the model that it was exported from."
             )
 

@@ -72,6 +72,11 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
                 "batches; leave it out."
             )
         for name, weight in (self.dataset_weights or {}).items():
-            if not 0 < weight < float("inf"):
-                raise ArgumentError(f"dataset_weights: {name}={weight} must be more than 0.")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ArgumentError(f"dataset_weights: {name}={weight!r} must be a number above 0.")
+        if isinstance(self.gradient_checkpointing, str):
+            raise ArgumentError(
+                f"gradient_checkpointing={self.gradient_checkpointing!r} must be True or False here, and means whole "
+                'layers; pass use_gradient_checkpointing="selective" to from_pretrained or get_peft_model.'
+            )
         super().__post_init__()
