@@ -65,5 +65,5 @@ def test_the_trainer_takes_weights(tiny_dir: Any, tmp_path: Path) -> None:
         trainer(data, centre=2).get_train_dataloader()
     with pytest.raises(ArgumentError, match="for several data sets"):
         trainer(data["left"], left=2).train()
-    with pytest.raises(ArgumentError, match=r"left=-1.* must be more than 0"):
+    with pytest.raises(ArgumentError, match=r"left=-1.* must be a number above 0"):
         trainer(data, left=-1)
