@@ -77,9 +77,10 @@ def atomic_files(folder: str | Path) -> Iterator[Path]:
 
 def _give_usual_modes(folder: Path) -> None:
     """Let files be read by whoever may read the user's files; some writers make theirs as private as temporary ones."""
+    usual = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(path.stat().st_mode | 0o666 & ~_umask())
+            path.chmod(path.stat().st_mode | usual)
 
 
 def _umask() -> int:

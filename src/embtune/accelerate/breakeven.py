@@ -13,7 +13,7 @@ import torch
 from embtune.errors import ArgumentError
 from embtune.runtime import has_cpp_compiler, is_installed
 
-COMPILE_MODES = ("auto", "never", "always")
+MODES = ("auto", "never", "always")
 
 NEVER = sys.maxsize
 """The threshold where a step saves nothing, so that no number of steps repays the compiling."""
@@ -197,8 +197,8 @@ def decide(mode: str, *, steps_left: int, device: str = "cpu", **settings: Any) 
     Raises:
         ArgumentError: `mode` is unknown, or is `always` where this machine cannot compile.
     """
-    if mode not in COMPILE_MODES:
-        raise ArgumentError(f"compile={mode!r} is not known; use one of {', '.join(COMPILE_MODES)}.")
+    if mode not in MODES:
+        raise ArgumentError(f"compile={mode!r} is not known; use one of {', '.join(MODES)}.")
     if mode == "never":
         return CompileDecision(compile=False, reason='off, as asked (compile="never")', steps_left=steps_left)
     obstacle = _obstacle(device)

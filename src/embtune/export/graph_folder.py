@@ -20,9 +20,8 @@ from embtune.errors import ExportError
 from embtune.export.card import add_section
 from embtune.export.graph import check_graph, write_graph
 from embtune.export.merged import required_cosine, save_merged
-from embtune.export.parity import Parity, compare_embeddings
+from embtune.export.parity import Parity, compare_embeddings, load_saved
 from embtune.files import atomic_folder
-from embtune.models.load_reports import without_pooler_reports
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 """Inputs by name, int64 [texts, tokens] -> sentence embeddings [texts, dimensions]."""
@@ -133,18 +132,10 @@ def graph_folder(model: SentenceTransformer, target: Path, kind: str, purpose: s
 
 
 def _load_plain(folder: Path, model: SentenceTransformer) -> SentenceTransformer:
-    # Loading must not shift the random numbers of a training that goes on.
-    with torch.random.fork_rng(devices=[]), without_pooler_reports():
-        try:
-            return SentenceTransformer(
-                str(folder),
-                device="cpu",
-                local_files_only=True,
-                trust_remote_code=model.trust_remote_code,
-                model_kwargs={"dtype": torch.float32, "attn_implementation": "eager"},
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ExportError(f"The merged model that the graph is made from cannot be loaded: {error}") from error
+    try:
+        return load_saved(folder, model, dtype=torch.float32, attn_implementation="eager")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"The merged model that the graph is made from cannot be loaded: {error}") from error
 
 
 def _settle_tokenizer(folder: Path, model: SentenceTransformer) -> None:

@@ -84,7 +84,7 @@ def embedding_parity(
 
     def embed(texts: Sequence[str]) -> Tensor:
         try:
-            reloaded = _reload(folder, model)
+            reloaded = load_saved(folder, model, truncate_dim=model.truncate_dim, dtype=torch.float32).float()
         except (OSError, ValueError, RuntimeError) as error:
             raise ExportError(f"sentence-transformers cannot load what was saved in {folder}: {error}") from error
         return _embed(reloaded, texts)
@@ -136,8 +136,17 @@ def compare_embeddings(
     return parity
 
 
-def _reload(folder: str | Path, model: SentenceTransformer) -> SentenceTransformer:
-    # On the CPU: the accelerator's memory belongs to the training that goes on.
+def load_saved(
+    folder: str | Path, model: SentenceTransformer, *, truncate_dim: int | None = None, **model_kwargs: Any
+) -> SentenceTransformer:
+    """What was saved from a live model, as plain sentence-transformers loads it.
+
+    On the CPU, since the accelerator's memory belongs to the training that goes on, and without shifting its random
+    numbers.
+
+    Args:
+        model_kwargs: for transformers' `from_pretrained`.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), without_pooler_reports():
         return SentenceTransformer(
@@ -145,9 +154,9 @@ def _reload(folder: str | Path, model: SentenceTransformer) -> SentenceTransform
             device="cpu",
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
-            model_kwargs={"dtype": torch.float32},
-            truncate_dim=model.truncate_dim,
-        ).float()
+            model_kwargs=model_kwargs,
+            truncate_dim=truncate_dim,
+        )
 
 
 def _embed(model: SentenceTransformer, texts: Sequence[str]) -> Tensor:

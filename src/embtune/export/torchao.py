@@ -15,9 +15,8 @@ from embtune.errors import ArgumentError, ExportError
 from embtune.export.card import add_section
 from embtune.export.layout import make_compatible
 from embtune.export.merged import save_merged
-from embtune.export.parity import Parity, embedding_parity
+from embtune.export.parity import Parity, embedding_parity, load_saved
 from embtune.files import atomic_folder
-from embtune.models.load_reports import without_pooler_reports
 from embtune.models.modules import transformer_modules
 from embtune.runtime import package_version, require
 
@@ -112,15 +111,7 @@ def _load_quantised(folder: Path, model: SentenceTransformer, scheme: str) -> Se
     from torchao.utils import TorchAOBaseTensor
 
     config: Any = Int8WeightOnlyConfig() if scheme == "int8_weight_only" else Int8DynamicActivationInt8WeightConfig()
-    # Loading must not shift the random numbers of a training that goes on.
-    with torch.random.fork_rng(devices=[]), without_pooler_reports():
-        quantised = SentenceTransformer(
-            str(folder),
-            device="cpu",
-            local_files_only=True,
-            trust_remote_code=model.trust_remote_code,
-            model_kwargs={"quantization_config": TorchAoConfig(config)},
-        )
+    quantised = load_saved(folder, model, quantization_config=TorchAoConfig(config))
     for transformer in transformer_modules(quantised):
         backbone = transformer.model
         if not any(isinstance(parameter, TorchAOBaseTensor) for parameter in backbone.parameters()):

@@ -58,9 +58,9 @@ class Engine:
 
     def attention(self, device: torch.device, dtype: torch.dtype, longest: int) -> RowAttention:
         """What computes the attention of a row whose texts are at most `longest` tokens long."""
-        flash = self.flash and attention.flash_serves(device, dtype)
-        tiles = self.tiles and (self.triton or not flash)
-        return attention.row_attention_for(device, dtype, longest, tiles=tiles, flash=flash)
+        return attention.row_attention_for(
+            device, dtype, longest, tiles=self.tiles, flash=self.flash, triton=self.triton
+        )
 
     def packs(self, model: SentenceTransformer) -> bool:
         """Whether batches become flat rows: not once somebody has changed the model to one that cannot take them."""

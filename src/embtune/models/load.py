@@ -53,10 +53,10 @@ def _holds_model(folder: Path) -> bool:
 
 def _only_exported(folder: Path) -> str | None:
     """What an export for other runtimes left in a folder that has no weights to load, or None."""
-    if any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
+    found = sorted([*folder.glob("onnx/*.onnx"), *folder.glob("openvino/*.xml"), *folder.glob("*.gguf")])
+    if not found or any(folder.rglob("*.safetensors")) or any(folder.rglob("pytorch_model*.bin")):
         return None
-    graphs = (*folder.glob("onnx/*.onnx"), *folder.glob("openvino/*.xml"), *folder.glob("*.gguf"))
-    return next((path.relative_to(folder).as_posix() for path in sorted(graphs)), None)
+    return found[0].relative_to(folder).as_posix()
 
 
 @dataclass(frozen=True, kw_only=True)

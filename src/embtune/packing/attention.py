@@ -109,18 +109,20 @@ def attend_tiles(
 
 
 def row_attention_for(
-    device: torch.device, dtype: torch.dtype, longest: int, *, tiles: bool, flash: bool
+    device: torch.device, dtype: torch.dtype, longest: int, *, tiles: bool, flash: bool, triton: bool = True
 ) -> RowAttention:
     """What computes the attention of a row on this device, in this dtype, with no text longer than `longest`.
 
     Args:
         tiles: whether `row_attention` computes what the architecture asks for.
         flash: the same of FlashAttention.
+        triton: whether to take `row_attention` where FlashAttention would serve as well.
     """
+    flash = flash and flash_serves(device, dtype)
     half = dtype in _FLASH_DTYPES
-    if tiles and half and runs_triton(device) and (longest <= TILES_LENGTH or not flash):
+    if tiles and half and runs_triton(device) and (not flash or (triton and longest <= TILES_LENGTH)):
         return "tiles"
-    return "flash" if flash and flash_serves(device, dtype) else "groups"
+    return "flash" if flash else "groups"
 
 
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:

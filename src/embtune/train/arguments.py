@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 
 import sentence_transformers
 
-from embtune.accelerate.breakeven import COMPILE_MODES
+from embtune.accelerate.breakeven import MODES
 from embtune.errors import ArgumentError
-
-MODES = ("auto", "never", "always")
 
 
 @dataclass
@@ -61,9 +59,7 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
     )
 
     def __post_init__(self) -> None:
-        if self.compile not in COMPILE_MODES:
-            raise ArgumentError(f"compile={self.compile!r} is not known; use one of {', '.join(COMPILE_MODES)}.")
-        for name in ("cuda_graphs", "fused_kernels"):
+        for name in ("compile", "cuda_graphs", "fused_kernels"):
             if getattr(self, name) not in MODES:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(MODES)}.")
         if self.train_sampling_strategy == "group_by_length":

@@ -10,7 +10,7 @@ import torch
 
 from embtune.accelerate.breakeven import CompileEstimate
 from embtune.losses.services import Service, service_of
-from embtune.models.checkpointing import describe_gradient_checkpointing, is_selective
+from embtune.models.checkpointing import is_selective, recomputes_layers
 from embtune.models.families import encoder_layers, unwrapped
 from embtune.models.modules import transformer_modules
 from embtune.train.compiling import compile_settings, steps_of_run
@@ -132,9 +132,9 @@ def _activations(backbone: torch.nn.Module, tokens: float) -> float:
     one_layer = tokens * bare.config.hidden_size * (2 if half else 4)
     kept = one_layer * _KEPT.get(bare.device.type, _KEPT["cuda"])
     layers = len(encoder_layers(backbone))
-    if describe_gradient_checkpointing(backbone) == "off":
-        return layers * kept
-    return layers * one_layer * (_KEPT_SELECTIVE if is_selective(backbone) else _KEPT_CHECKPOINTED) + kept
+    if is_selective(backbone):
+        return layers * one_layer * _KEPT_SELECTIVE + kept
+    return layers * one_layer * _KEPT_CHECKPOINTED + kept if recomputes_layers(backbone) else layers * kept
 
 
 def _share_at_once(trainer: SentenceTransformerTrainer) -> float:
