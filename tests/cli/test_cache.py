@@ -51,6 +51,17 @@ def test_less(arguments: list[str], left: list[str], cache: TokenCache, capsys: 
     assert left or f"The token cache in {cache.folder} is empty." in out
 
 
+def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("EMBTUNE_CACHE", str(tmp_path / "file"))
+    assert main(["cache"]) == 0
+    assert f"The token cache in {tmp_path / 'file' / 'tokens'} is empty." in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    for action in ("show", "clear"):
+        assert main(["cache", action]) == 1
+        message = capsys.readouterr().err
+        assert "cannot be read: Not a directory." in message and "EMBTUNE_CACHE" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -51,6 +51,8 @@ def test_bash_completes_verbs(script: Path, tmp_path: Path) -> None:
         ("embtune train --engine ", {"auto", "packed", "reference"}),
         ("embtune export --format g", {"gguf"}),
         ("embtune inspect --j", {"--json"}),
+        ("embtune train --help-", {"--help-more"}),
+        ("embtune train --help-more ", {"data", "evaluation", "model", "run"}),
     ],
 )
 def test_bash_completes_options_and_their_values(script: Path, line: str, expected: set[str], tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,21 @@ def test_wrong_models_are_named_before_any_is_measured(
     model = tiny_dir("bert")
     (work_dir / "run").mkdir()
     (work_dir / "run" / "merged").symlink_to(model, target_is_directory=True)
-    for wrong, message in (("./mergd", "there is no such folder"), ("run", "is no model itself, but holds run/merged")):
+    for name, base in (("adapter", str(work_dir / "gone" / "base")), ("other", "bsae")):
+        (work_dir / name).mkdir()
+        (work_dir / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    shutil.copytree(model, work_dir / "base")
+    for wrong, message in (
+        ("./mergd", "./mergd: there is no such folder. Check"),
+        ("./bsae", "./bsae: there is no such folder. Did you mean base?"),
+        ("nowhere", "nowhere: there is no such folder, and no model of that name could be loaded from the Hub"),
+        ("run/mergd", "run/mergd: there is no such folder, and no model"),
+        ("run/mergd", "Did you mean run/merged? Check"),
+        ("adapter", "gone/base, which the adapter adapter names as its base: there is no such folder. Put the base"),
+        ("adapter", "base_model_name_or_path into adapter/adapter_config.json"),
+        ("other", "bsae, which the adapter other names as its base: there is no such folder, and no model"),
+        ("run", "is no model itself, but holds run/merged"),
+    ):
         assert main(["evaluate", str(model), wrong, "--data", "dev.jsonl"]) == 1
         captured = capsys.readouterr()
         assert message in " ".join(captured.err.split())

@@ -20,7 +20,8 @@ from embtune.cli.parsing import parse_train
 
 # What is wrong -> (command line, part of the message). MODEL is a good one; the data are those of `work_dir`.
 MISTAKES = {
-    "no such verb": ("trian", "invalid choice: 'trian'"),
+    "no such verb": ("trian", "there is no command 'trian'. Did you mean `embtune train`?"),
+    "nothing like a verb": ("xyz", "there is no command 'xyz'. There are demo, init, check"),
     "no verb": ("--version2", "VERB"),
     "no model": ("train --data train.jsonl", "--model"),
     "no data": ("train --model MODEL", "--data"),
@@ -337,7 +338,7 @@ def test_as_a_program_it_says_only_what_embtune_says(work_dir: Path, tiny_dir: C
     # The texts of dev.jsonl twice: one warning of embtune's own, and none of anybody else's.
     model = str(tiny_dir("bert"))
     (work_dir / "both.jsonl").write_text((work_dir / "dev.jsonl").read_text() * 2)
-    flags = "--data both.jsonl --batch-size 8 --max-steps 1 --max-seq-length 512 --output run"
+    flags = "--data both.jsonl --batch-size 8 --max-steps 1 --warmup 0 --max-seq-length 512 --output run"
     command = [sys.executable, "-m", "embtune.cli.main", "train", "--model", model, *flags.split()]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr

@@ -271,6 +271,7 @@ def test_sigterm_saves_a_checkpoint(work_dir: Path, tiny_dir: Callable[..., Path
 
 def test_other_rows_are_not_resumed_with(train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("--data train.jsonl --batch-size 8 --max-steps 1 --output run")
+    (work_dir / "run" / "results.json").unlink()  # as if it had been stopped before its end
     (work_dir / "train.jsonl").write_text((work_dir / "dev.jsonl").read_text())
     capsys.readouterr()
     assert main(["train", "--resume", "run"]) == 1
@@ -413,6 +414,52 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert "compile: off" in out
     assert "nothing was trained, nothing written" in out
     assert set(work_dir.rglob("*")) == before
+
+
+def dry_run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main([*line.split(), "--dry-run"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_last_line_of_a_dry_run_counts_the_warnings(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = f"train --model {tiny_dir('bert')} --data train.jsonl --batch-size 8"
+    code, out, _ = dry_run(f"{train} --max-steps 4", capsys)
+    assert code == 0
+    assert out.splitlines()[-1] == "Everything is in order; nothing was trained, nothing written."
+
+    (work_dir / "seen.jsonl").write_text("".join((work_dir / "train.jsonl").read_text().splitlines(True)[:5]))
+    code, out, errors = dry_run(f"{train} --max-steps 1 --max-seq-length 4 --eval-data seen.jsonl", capsys)
+    assert code == 0
+    *_, ready, seen, cut, idle = out.splitlines()
+    assert ready == "Ready to train, with 3 warnings; nothing was trained, nothing written:"
+    assert "have as query a text that training has seen" in seen
+    assert "max_seq_length=4 cuts 100% of the texts" in cut
+    assert "The learning rate is 0 in the only step" in idle and "--warmup 0" in idle
+    warned = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    assert warned == [line.replace("- ", "warning: ", 1) for line in (seen, cut, idle)]
+
+
+def test_a_dry_run_refuses_what_would_learn_nothing(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = f"train --model {tiny_dir('bert')} --data train.jsonl"
+    code, _, errors = dry_run(f"{train} --batch-size 1", capsys)
+    assert code == 1 and "Every batch has one row" in errors
+    code, _, errors = dry_run(f"{train} --batch-size 8 --max-seq-length 2", capsys)
+    assert code == 1 and "each has 2 special tokens" in errors
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_in_which_nothing_can_be_made_is_refused_before_anything_is_read(
+    work_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, errors = dry_run("train --model nowhere --data no.jsonl --output /proc/embtune/run", capsys)
+    assert code == 1 and not out
+    assert errors.startswith("error: output=/proc/embtune/run: nothing can be made in /proc (")
+    assert errors.endswith("Give another folder.\n")
 
 
 def test_json_prints_events_and_quiet_prints_nothing(

@@ -75,7 +75,12 @@ CASES: list[tuple[str, str, bytes, list[str]]] = [
     ("lone surrogate", "jsonl", b'{"anchor": "a", "positive": "\\ud83d"}\n', ["line 1", "'positive'", "\\ud83d"]),
     ("not UTF-8", "jsonl", GOOD + b'{"anchor": "\xe9", "positive": "b"}\n', ["line 2", "byte 13", "0xe9", "as UTF-8"]),
     ("UTF-16", "jsonl", GOOD.decode().encode("utf-16"), ["line 1", "UTF-16", "Save the file as UTF-8"]),
-    ("compressed", "jsonl", gzip.compress(GOOD), ["line 1", "not UTF-8"]),
+    ("spreadsheet called CSV", "csv", b"PK\x03\x04\x14\0\x06\0", ["is packed", "Save its sheet as CSV"]),
+    ("old spreadsheet", "tsv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ["old Office file", "Save its sheet as CSV"]),
+    ("image", "jsonl", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["is an image", "CSV or JSONL"]),
+    ("Parquet called CSV", "csv", parquet({"text": ["a"]}), ["is a Parquet file", "Rename it"]),
+    ("bytes", "csv", bytes(range(10)), ["holds no text", "zero bytes"]),
+    ("compressed", "jsonl", gzip.compress(GOOD), ["is an archive (gzip)", "Unpack it"]),
     ("no rows", "jsonl", b"", ["no rows", "anchor"]),
     ("blank lines only", "jsonl", b"\n \n", ["no rows", "at least one"]),
     ("mark only", "jsonl", UTF8_MARK, ["no rows"]),
@@ -234,8 +239,11 @@ def test_a_folder_names_its_files(tmp_path: Path) -> None:
 
 def test_what_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "pairs.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"pairs\.xlsx: the ending '\.xlsx'.*\.jsonl, .*\.parquet"):
+    with pytest.raises(DataError, match=r"pairs\.xlsx is a spreadsheet\. Save its sheet as CSV"):
         read_dataset(tmp_path / "pairs.xlsx")
+    (tmp_path / "pairs.doc").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"pairs\.doc: the ending '\.doc'.*\.jsonl, .*\.parquet"):
+        read_dataset(tmp_path / "pairs.doc")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=r"pipe\.jsonl is no regular file"):
         read_dataset(tmp_path / "pipe.jsonl")

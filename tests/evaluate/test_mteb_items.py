@@ -70,7 +70,7 @@ def test_of_several_subsets_each_counts_alike() -> None:
     )
 
 
-def test_spearman_belongs_to_one_subset() -> None:
+def test_spearman_belongs_to_all_pairs_of_a_subset() -> None:
     generator = np.random.default_rng(0)
     judged, similarities = generator.random(20).round(1), generator.random(20)
     part = SimilarityPart(list(similarities), list(judged), [f"a ↔ {n}" for n in range(20)])
@@ -79,7 +79,26 @@ def test_spearman_belongs_to_one_subset() -> None:
     drawn = generator.integers(20, size=20)
     expected = spearmanr(similarities[drawn], judged[drawn]).statistic
     assert items.statistic(np.bincount(drawn, minlength=20)[None])[0] == pytest.approx(expected)
-    assert mteb_items("cosine_spearman", score, {"de/test": part, "en/test": part}) is None
+
+
+def test_spearman_of_several_subsets_is_the_mean_of_theirs() -> None:
+    generator = np.random.default_rng(0)
+    parts, expected = {}, []
+    for language, pairs in (("de/test", 20), ("en/test", 6)):
+        judged, similarities = generator.random(pairs).round(1), generator.random(pairs)
+        parts[language] = SimilarityPart(list(similarities), list(judged), [f"a ↔ {n}" for n in range(pairs)])
+        expected.append(spearmanr(similarities, judged).statistic)
+    items = mteb_items("cosine_spearman", float(np.mean(expected)), parts)
+    assert items.items == 26
+    assert items.by_item().names[19:21] == ["de/test 19", "en/test 0"]
+    # A draw may leave a subset out; what is drawn of the other counts as it does alone.
+    drawn = np.bincount(generator.integers(20, size=26), minlength=26)
+    alone = mteb_items("cosine_spearman", expected[0], {"de/test": parts["de/test"]})
+    assert items.statistic(drawn[None])[0] == pytest.approx(alone.statistic(drawn[None, :20])[0] / 2)
+    low, high = items.intervals()["cosine_spearman"]
+    assert low < np.mean(expected) < high
+    mixed = {"de/test": parts["de/test"], "en/test": ClassPart([[0, 1]], [0, 1], ["a", "b"])}
+    assert mteb_items("cosine_spearman", 0.5, mixed) is None
 
 
 def right_and_wrong(right: set[int], items: int) -> ClassPart:
@@ -98,9 +117,10 @@ def scores() -> dict[str, list[MtebScore]]:
 
 
 def test_two_models_are_compared_by_paired_bootstrap(scores: dict[str, list[MtebScore]]) -> None:
-    found = mteb_as_dict(scores)
+    found = mteb_as_dict(scores, {"first": 128, "second": None})
     assert [row["model"] for row in found["mteb"]] == ["first", "second"]
     assert found["mteb"][1]["scores"][0] == {"task": "Topics", "metric": "accuracy", "score": 0.78}
+    assert [row["max_seq_length"] for row in found["mteb"]] == [128, None]
     topics, groups = found["comparisons"]
     change: dict[str, Any] = topics["metrics"]["accuracy"]
     expected = paired_bootstrap(*(score[0].items.by_item().scores for score in scores.values()))
@@ -114,13 +134,14 @@ def test_two_models_are_compared_by_paired_bootstrap(scores: dict[str, list[Mteb
 def test_the_tables_say_what_is_not_known(
     scores: dict[str, list[MtebScore]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show_mteb(scores, make_console())
+    show_mteb(scores, {"first": 128, "second": None}, make_console())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "Topics accuracy 0.4000 0.7800" in lines
     assert any(line.startswith("Topics 50 +0.3800 +0.2") and line.endswith("20 1 better") for line in lines)
+    assert "texts up to 128 tokens no limit" in lines
     assert "Groups +0.0000 not known" in lines
     assert lines[-1] == f"{NOT_KNOWN}."
-    show_mteb({"first": scores["first"]}, make_console())
+    show_mteb({"first": scores["first"]}, {"first": 128}, make_console())
     assert "not known" not in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ from embtune.accelerate.graphs import EncoderGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
 from embtune.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 from embtune.packing.row import PackedRow
+from embtune.train.kernels import use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 
@@ -70,6 +71,44 @@ def test_replays_give_the_gradients_of_ordinary_steps_also_summed(model_type: st
                 (plain(model, row) * weights).sum().backward()
             ordinary = gradients(trained)
             assert (replayed - ordinary).norm() <= 0.02 * ordinary.norm()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "modernbert", "qwen3"])
+def test_rounded_weights_lead_no_further_from_float32_than_autocast(model_type: str, tiny_dir: TinyDir) -> None:
+    def all_weights(engine: str) -> tuple[FastSentenceTransformer, list[torch.nn.Parameter]]:
+        model = FastSentenceTransformer.from_pretrained(
+            tiny_dir(model_type), device="cuda", dtype="float32", engine=engine, full_finetuning=True
+        ).eval()
+        return model, [weight for weight in model[0].parameters() if weight.requires_grad]
+
+    weights = torch.randn(12, 32, device="cuda")
+    exact, trained = all_weights("reference")
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(5, 100, generator.integers(1, 90)) for _ in range(12)]
+    padding = exact.tokenizer.pad_token_id
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], True, padding).cuda()
+    features = {"input_ids": ids, "attention_mask": (ids != padding).long()}
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            embeddings = exact(dict(features))["sentence_embedding"]
+        (embeddings * weights).sum().backward()
+        found.append(torch.cat([_or_zeros(weight) for weight in trained]))
+        exact.zero_grad()
+    model, rounded = all_weights("packed")
+    use_kernels(model, fused=True, triton=True)
+    row = PackedRow.of([texts], model.engine.padding_id, token_types=model_type == "bert").to("cuda")
+    embed = partial(embed_row, model, model.engine, rounds_at_once=True)
+    graphs = EncoderGraphs(embed, rounded, autocast=torch.bfloat16, step=256)
+    (graphs(row) * weights).sum().backward()
+    found.append(torch.cat([_or_zeros(weight) for weight in rounded]))
+    reference, stock, ours = found
+    assert (ours - reference).norm() <= 1.1 * (stock - reference).norm()
+    assert {weight.dtype for weight in rounded} == {torch.float32}
+
+
+def _or_zeros(weight: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(weight).flatten() if weight.grad is None else weight.grad.flatten()
 
 
 def test_dropout_differs_from_replay_to_replay(tiny_dir: TinyDir) -> None:
@@ -156,7 +195,8 @@ def test_dropout_is_the_same_when_it_is_recomputed(tiny_dir: TinyDir) -> None:
     found = []
     for graph, parameters in ((graphs, trained), (others, trained_too)):
         torch.manual_seed(5)
-        graph(row).square().sum().backward()
+        embeddings = graph(row)
+        (embeddings * torch.linspace(-1, 1, embeddings.shape[-1], device="cuda")).sum().backward()
         found.append(gradients(parameters))
     assert (found[0] - found[1]).norm() <= 0.01 * found[1].norm()
 

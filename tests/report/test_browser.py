@@ -89,7 +89,18 @@ def test_every_plot_draws_and_nothing_complains(
     assert len(painted) > 100
     for part in painted:
         assert "rgb(0, 0, 0)" not in part or "fill-" not in part, part
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    tables = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map((part) => [part.clientWidth, part.scrollWidth])"
+    )
+    assert len(tables) >= 3
+    if width == 390:  # their rows stand on end
+        assert all(within == whole for within, whole in tables)
+        first = page.locator("#metrics td").first
+        assert first.evaluate("(cell) => getComputedStyle(cell, '::before').content").strip('"') == first.get_attribute(
+            "data-label"
+        )
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", background)[:3])) > 3 * 128
     assert light == (colours == "light")

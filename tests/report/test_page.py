@@ -257,3 +257,17 @@ def test_a_page_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 def test_the_template_is_given_all_it_asks_for() -> None:
     assert "waiting" in render_page([Run("not there yet")])
+
+
+def test_a_run_from_python_needs_its_callback(tmp_path: Path) -> None:
+    (tmp_path / "own" / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(ArgumentError, match=r"trainer\.add_callback\(EventCallback\(EventLog\('.*own'\)\)\)"):
+        write_report([tmp_path / "own"])
+    # With that line alone, a program says nothing of when it began and ended.
+    log = EventLog(tmp_path / "own")
+    log.write("training", step=0, steps=4)
+    assert read_run(tmp_path / "own").state == "running"
+    log.write("log", step=4, steps=4, loss=1.5)
+    log.write("trained", step=4, steps=4)
+    assert read_run(tmp_path / "own").state == "finished"
+    assert "Waiting for the first event" not in write_report([tmp_path / "own"]).read_text(encoding="utf-8")

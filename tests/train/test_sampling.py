@@ -62,8 +62,10 @@ def test_the_trainer_takes_weights(tiny_dir: Any, tmp_path: Path) -> None:
 
     assert len(trainer(data, left=2, right=0.5).get_train_dataloader()) == 5
     with pytest.raises(ArgumentError, match="no data set 'centre'; there are left, right"):
-        trainer(data, centre=2).get_train_dataloader()
+        trainer(data, centre=2)
+    with pytest.raises(ArgumentError, match="no data set 'rigth'; did you mean 'right'?"):
+        trainer(data, rigth=2)
     with pytest.raises(ArgumentError, match="for several data sets"):
-        trainer(data["left"], left=2).train()
+        trainer(data["left"], left=2)
     with pytest.raises(ArgumentError, match=r"left=-1.* must be a number above 0"):
         trainer(data, left=-1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -424,3 +425,24 @@ def test_checkpointing_through_the_arguments(model_type: str, tiny_dir: TinyDir,
         assert model.explain()["gradient checkpointing"].startswith("on" if checkpointing else "off")
         curves.append(losses_of(trainer))
     torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=1e-5)
+
+
+def test_a_program_is_not_told_what_it_cannot_change(tmp_path: Path, tiny_dir: TinyDir) -> None:
+    """PEFT's use of a name that transformers gave up, and pinned memory where there is nothing to pin it for."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = load(tiny_dir("bert"))
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                str(tmp_path / "run"), max_steps=1, report_to="none", disable_tqdm=True, save_strategy="no"
+            ),
+            train_dataset=pairs(8),
+            loss=MultipleNegativesRankingLoss(model),
+        )
+        trainer.train()
+        model.save_pretrained(str(tmp_path / "adapter"))
+        FastSentenceTransformer.from_pretrained(tmp_path / "adapter", dtype="float32")
+    texts = [str(warning.message) for warning in warned]
+    assert not [text for text in texts if "pin_memory" in text or "is_gradient_checkpointing" in text]
+    assert trainer.args.dataloader_pin_memory == torch.accelerator.is_available()

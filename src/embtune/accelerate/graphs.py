@@ -1,7 +1,7 @@
 """Replay the encoder's forward and backward as CUDA graphs: one launch each instead of thousands of kernels'.
 
 A graph repeats exactly the kernels it recorded, on the addresses it recorded. So rows are filled up to one of a few
-sizes (`Shape`), inputs are copied to where the graph reads them, and gradients are added from where it leaves them.
+sizes (`Shape`), inputs are copied to where the graph reads them, and it adds to gradients that all graphs share.
 """
 
 import math
@@ -50,14 +50,11 @@ class Shape:
         tokens = math.ceil((sum(lengths) + fillers) / step) * step
         return cls(tokens, len(lengths), fillers, longest)
 
-    def fill(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """The text of each token [T] int64 and the borders of all texts [N + 1] int32, fillers included."""
-        spare, count = self.tokens - sum(row.lengths), self.fillers
+    def borders(self, lengths: Sequence[int]) -> Tensor:
+        """The borders [N + 1] int32 of texts of these lengths and of the fillers behind them."""
+        spare, count = self.tokens - sum(lengths), self.fillers
         fillers = [spare // count + (index < spare % count) for index in range(count)]
-        lengths = np.array([*row.lengths, *fillers])
-        borders = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        # PyTorch's repeat_interleave takes a millisecond to wake its threads.
-        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)), torch.from_numpy(borders)
+        return torch.from_numpy(np.cumsum([0, *lengths, *fillers], dtype=np.int32))
 
 
 @dataclass(eq=False)
@@ -70,7 +67,6 @@ class _Recording:
     embeddings: Tensor
     backward: torch.cuda.CUDAGraph
     embeddings_grad: Tensor
-    grads: list[Tensor]
 
 
 class _Ticket:
@@ -107,7 +103,7 @@ class EncoderGraphs:
         self._strict = strict
         self.step = step
         self._recordings: dict[Shape, _Recording] = {}
-        self._accumulated = [torch.empty_like(parameter) for parameter in self._parameters]
+        self._sums = [torch.empty_like(parameter) for parameter in self._parameters]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._ticket: weakref.ref[_Ticket] | None = None
@@ -161,28 +157,35 @@ class EncoderGraphs:
         embeddings_grad = torch.zeros_like(embeddings)
         with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
             found = torch.autograd.grad(embeddings, self._parameters, embeddings_grad, allow_unused=True)
-            grads = [
-                torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
-                for parameter, gradient in zip(self._parameters, found, strict=True)
-            ]
-        return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad, grads)
+            used = [(sum_, gradient) for sum_, gradient in zip(self._sums, found, strict=True) if gradient is not None]
+            # Added here and not after a replay: so no gradient outlives its graph, and the next one gets its memory.
+            torch._foreach_add_([sum_ for sum_, _ in used], [gradient for _, gradient in used])
+        return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad)
 
     def _pass(self, row: PackedRow, shape: Shape) -> Tensor:
+        # Which text a token belongs to follows from the borders, which are the smaller thing to copy for each row.
+        places = torch.arange(shape.tokens, dtype=torch.int32, device=row.cu_seqlens.device)
+        torch.bucketize(places, row.cu_seqlens[1:], right=True, out=row.tokens_3T[2])
         # autocast's cache of cast weights would be recorded as memory that is gone by the time of a replay.
         with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
             return self._embed(row, shape.max_length)
 
-    def add_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Add a replay's gradients to those of the parameters, in memory of our own and never in the graph's."""
-        fresh = [index for index, parameter in enumerate(self._parameters) if parameter.grad is None]
-        others = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        if fresh:
-            torch._foreach_copy_([self._accumulated[index] for index in fresh], [grads[index] for index in fresh])
-            for index in fresh:
-                self._parameters[index].grad = self._accumulated[index]
-        if others:
-            held = [self._parameters[index].grad for index in others]
-            torch._foreach_add_(held, [grads[index] for index in others])
+    def add_gradients(self, backward: torch.cuda.CUDAGraph) -> None:
+        """Replay a backward, and add what it gives to the gradients of the parameters."""
+        stale, strangers = [], []
+        for parameter, sum_ in zip(self._parameters, self._sums, strict=True):
+            if parameter.grad is sum_:
+                continue
+            stale.append(sum_)
+            if parameter.grad is None:
+                parameter.grad = sum_
+            else:  # of an ordinary backward before this one
+                strangers.append((parameter.grad, sum_))
+        if stale:
+            torch._foreach_zero_(stale)
+        backward.replay()
+        if strangers:
+            torch._foreach_add_([gradient for gradient, _ in strangers], [sum_ for _, sum_ in strangers])
 
 
 class _Replay(torch.autograd.Function):
@@ -199,8 +202,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         recording = ctx.recording
         recording.embeddings_grad.copy_(gradient)
-        recording.backward.replay()
-        ctx.graphs.add_gradients(recording.grads)
+        ctx.graphs.add_gradients(recording.backward)
         ctx.ticket = None
         return None, None, None, None
 
@@ -208,18 +210,16 @@ class _Replay(torch.autograd.Function):
 def _static_row(row: PackedRow, shape: Shape) -> PackedRow:
     """A row of this shape in memory that stays, beginning as the given one."""
     device = row.tokens_3T.device
-    texts, borders = shape.fill(row)
-    lengths = borders.diff().tolist()
+    borders = shape.borders(row.lengths)
     tokens = row.tokens_3T.new_zeros(3, shape.tokens)
     tokens[:, : row.tokens_3T.shape[1]] = row.tokens_3T
-    tokens[2] = texts.to(device)
-    return PackedRow(tokens, borders.to(device), tuple(lengths), row.columns, row.token_types, row.others)
+    return PackedRow(
+        tokens, borders.to(device), tuple(borders.diff().tolist()), row.columns, row.token_types, row.others
+    )
 
 
 def _copy(row: PackedRow, recording: _Recording) -> None:
     """Put a row where the graph reads. Ids and positions of an earlier row that are left behind it fill it up."""
-    texts, borders = recording.shape.fill(row)
     static, count = recording.row, row.tokens_3T.shape[1]
     static.tokens_3T[:2, :count].copy_(row.tokens_3T[:2], non_blocking=True)
-    static.tokens_3T[2].copy_(texts.pin_memory(), non_blocking=True)
-    static.cu_seqlens.copy_(borders.pin_memory(), non_blocking=True)
+    static.cu_seqlens.copy_(recording.shape.borders(row.lengths).pin_memory(), non_blocking=True)

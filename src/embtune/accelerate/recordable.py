@@ -7,6 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
+from embtune.accelerate.rounding import call_rounded
 from embtune.models.checkpointing import recomputes_layers
 from embtune.models.engine import Engine
 from embtune.packing.layout import bounds_mask, flash_mask
@@ -46,19 +47,27 @@ def why_not_recordable(
     return None
 
 
-def embed_row(model: SentenceTransformer, engine: Engine, row: PackedRow, longest: int) -> Tensor:
+def embed_row(
+    model: SentenceTransformer, engine: Engine, row: PackedRow, longest: int, rounds_at_once: bool = False
+) -> Tensor:
     """The embeddings [N, D] of a row in which no text is longer than `longest`; never waits for the device.
 
     The model's modules run as they are, but for pooling: sentence-transformers 6.0's asks how many texts there are.
+
+    Args:
+        rounds_at_once: whether to round the encoder's weights before autocast does, where `can_round` allows it.
     """
     features: dict[str, Any] = row.features()
     device = row.tokens_3T.device
-    if engine.attention(device, compute_dtype(device, model.dtype), longest) == "tiles":
+    dtype = compute_dtype(device, model.dtype)
+    if engine.attention(device, dtype, longest) == "tiles":
         features["attention_mask"] = bounds_mask(row.cu_seqlens, row.tokens_3T.shape[1])
     else:
         features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
-    for module in model:
-        if isinstance(module, Pooling):
+    for place, module in enumerate(model):
+        if place == 0 and rounds_at_once:
+            features = call_rounded(module, dtype, features)
+        elif isinstance(module, Pooling):
             states_TC = features["token_embeddings"].squeeze(0)
             features["sentence_embedding"] = pool(states_TC, row.cu_seqlens, row.tokens_3T[2], module.pooling_mode)
         else:

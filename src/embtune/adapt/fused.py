@@ -11,50 +11,13 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from embtune.kernels.low_rank import LowRankLinear, low_rank_linears
-
-# Linear layers of one module that read the same input, by the names that transformers' encoders give them.
-_SIBLINGS = (
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
-    ("wi_0", "wi_1"),
-)
-
-
-class Siblings:
-    """Layers that are called one after another with the same input: the first computes for all of them."""
-
-    def __init__(self, members: list["FusedLoraLinear"]) -> None:
-        self.members = members
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy, or a pickle, of a model has no call under way.
-        return {"members": self.members, "_input": None, "_outputs": {}}
-
-    def output(self, member: "FusedLoraLinear", states: Tensor) -> Tensor:
-        """What `member` makes of `states`: computed before, when another was called with the same tensor, or now."""
-        place = next((index for index, each in enumerate(self.members) if each is member), None)
-        if place is None:  # a replica that nn.DataParallel made
-            return _compute(states, [member.adapted()])[0]
-        if self._input is not states or place not in self._outputs:
-            if not all(each.is_fusable(states) for each in self.members):
-                return _compute(states, [member.adapted()])[0]
-            outputs = _compute(states, [each.adapted() for each in self.members])
-            self._input, self._outputs = states, dict(enumerate(outputs))
-        output = self._outputs.pop(place)
-        if not self._outputs:
-            self._input = None
-        return output
+from embtune.models.shared_input import SIBLINGS, SharedInput
 
 
 class FusedLoraLinear(Linear):
     """PEFT's LoRA layer around an `nn.Linear`."""
 
-    siblings: Siblings | None = None
+    siblings: SharedInput | None = None
     """The layers that share its input, itself among them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,9 +25,12 @@ class FusedLoraLinear(Linear):
         if args or kwargs or not self.is_fusable(x):
             return super().forward(x, *args, **kwargs)
         # Compiled code cannot follow outputs kept for later.
-        if self.siblings is None or torch.compiler.is_compiling():
-            return _compute(x, [self.adapted()])[0]
-        return self.siblings.output(self, x)
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            members: list[Any] = self.siblings.members
+            output = self.siblings.take(self, x, lambda states: _together(states, members))
+            if output is not None:
+                return output
+        return _compute(x, [self.adapted()])[0]
 
     def is_fusable(self, x: Tensor) -> bool:
         """Whether the layer in its present state, and for this input, is one that the fused product computes."""
@@ -100,6 +66,12 @@ class FusedLoraLinear(Linear):
         return LowRankLinear(self.base_layer.weight, self.base_layer.bias, a, b, float(self.scaling[name]))
 
 
+def _together(states: Tensor, members: list["FusedLoraLinear"]) -> list[Tensor] | None:
+    if not all(each.is_fusable(states) for each in members):
+        return None
+    return _compute(states, [each.adapted() for each in members])
+
+
 def _compute(states: Tensor, layers: list[LowRankLinear]) -> list[Tensor]:
     outputs = low_rank_linears(states.flatten(0, -2), layers)
     return [output.unflatten(0, states.shape[:-1]) for output in outputs]
@@ -113,11 +85,11 @@ def fuse_lora(backbone: nn.Module) -> list[str]:
             module.__class__ = FusedLoraLinear
             changed.append(name)
     for module in backbone.modules():
-        for names in _SIBLINGS:
+        for names in SIBLINGS:
             found = [getattr(module, name, None) for name in names]
             members = [member for member in found if isinstance(member, FusedLoraLinear)]
             if len(members) == len(names):
-                group = Siblings(members)
+                group = SharedInput(members)
                 for member in members:
                     member.siblings = group
     return changed

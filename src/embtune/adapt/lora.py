@@ -1,7 +1,8 @@
 """LoRA through PEFT: which layers are adapted, with which settings, and a wrapper that saves whole models."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,13 +187,21 @@ def attach_lora(backbone: PreTrainedModel, settings: LoraSettings) -> AdaptedEnc
         loftq_config=loftq if isinstance(loftq, LoftQConfig) else (LoftQConfig(**loftq) if loftq else {}),
         modules_to_save=saved_whole or None,
     )
-    with seeded(settings.random_state, backbone.device):
+    with seeded(settings.random_state, backbone.device), _without_old_names():
         try:
             adapted = AdaptedEncoder(backbone, config)
         except ValueError as error:
             raise ArgumentError(f"PEFT refuses these LoRA settings: {error}") from error
     adapted.resized_vocabulary = vocabulary_was_resized(backbone)
     return adapted
+
+
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """PEFT asks a model for an attribute that transformers renamed; nobody who uses embtune can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def continue_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool) -> AdaptedEncoder:
@@ -205,7 +214,7 @@ def continue_adapter(backbone: PreTrainedModel, folder: Path, *, trainable: bool
         config = PeftConfig.from_pretrained(str(folder))
         if config.task_type is None:  # what a plain `get_peft_model` leaves there
             config.task_type = TaskType.FEATURE_EXTRACTION
-        with warnings.catch_warnings():
+        with _without_old_names():
             # PEFT goes on with untrained layers where the names in the file are those of another class.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable, config=config)

@@ -1,8 +1,10 @@
 """`embtune cache`: what is kept of earlier runs' tokenising, and less of it."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,17 +12,20 @@ from rich.table import Table
 from embtune.cli.config import CacheConfig
 from embtune.cli.display import make_console
 from embtune.cli.flags import bytes_of, seconds_of
-from embtune.data.token_cache import Entry, TokenCache
+from embtune.data.token_cache import VARIABLE, Entry, TokenCache
+from embtune.errors import ArgumentError
 
 
 def run_cache(config: CacheConfig, console: Console | None = None) -> int:
     """Remove what the config says, show what is left, and return the exit code.
 
     Raises:
+        ArgumentError: the cache cannot be read.
         OSError: an entry cannot be removed.
     """
     console = console or make_console()
     cache = TokenCache.default()
+    _check_readable(cache.folder)
     removed: list[Entry] = []
     if config.action == "clear":
         removed = cache.clear()
@@ -38,6 +43,19 @@ def run_cache(config: CacheConfig, console: Console | None = None) -> int:
     console.print(_table(entries))
     console.print(f"{_described(entries)} in {cache.folder}", soft_wrap=True)
     return 0
+
+
+def _check_readable(folder: Path) -> None:
+    try:
+        with os.scandir(folder):
+            return
+    except FileNotFoundError:  # nothing was kept yet
+        return
+    except OSError as error:
+        raise ArgumentError(
+            f"The token cache in {folder} cannot be read: {error.strerror}. Put that right, or name another folder in "
+            f"the environment variable {VARIABLE}."
+        ) from error
 
 
 def _described(entries: Sequence[Entry]) -> str:

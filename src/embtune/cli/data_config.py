@@ -47,6 +47,8 @@ class MineConfig:
     """Skip texts with so much of a positive's words (Jaccard)."""
     output_format: Literal["n-tuple", "triplet"] = "n-tuple"
     """A row for each pair, or for each negative."""
+    search: Literal["auto", "torch", "faiss"] = "auto"
+    """What searches; the result is the same. auto is torch."""
     batch_size: Int = 64
     """Texts encoded at a time."""
     max_seq_length: MaybeInt = None
@@ -55,12 +57,12 @@ class MineConfig:
     """Of the weights; bfloat16 is faster on a GPU, and rounds."""
 
     def __post_init__(self) -> None:
-        check_new_file("out", self.out, ".jsonl", self.data, self.corpus)
-        check_overwrite("out", self.out, self.overwrite)
+        check_new_file("--out", self.out, ".jsonl", self.data, self.corpus)
+        check_overwrite("--out", self.out, self.overwrite)
         if self.model is None and not is_config(self.data):
-            raise ArgumentError("model: name the model that ranks (--model).")
+            raise ArgumentError("--model: name the model that ranks.")
         if self.corpus_column is not None and self.corpus is None:
-            raise ArgumentError(f"corpus_column={self.corpus_column} needs corpus.")
+            raise ArgumentError(f"--corpus-column={self.corpus_column} needs --corpus.")
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,20 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if self.max_seq_length is not None and self.model is None:
-            raise ArgumentError(f"max_seq_length={self.max_seq_length} counts the tokens of a model; name one (model).")
+            raise ArgumentError(
+                f"--max-seq-length={self.max_seq_length} counts the tokens of a model; name one (--model)."
+            )
         if self.out is not None and not self.fix:
-            raise ArgumentError(f"out={self.out} is where fix writes; give --fix too.")
+            raise ArgumentError(f"--out={self.out} is where --fix writes; give --fix too.")
         if self.eval_split is not None and all(Path(source).is_file() for source in self.eval):
-            raise ArgumentError(f"eval_split={self.eval_split} needs a BEIR folder or a Hub data set in eval.")
+            raise ArgumentError(f"--eval-split={self.eval_split} needs a BEIR folder or a Hub data set in --eval.")
         if self.eval_columns and all(Path(source).is_dir() for source in self.eval):
-            raise ArgumentError(f"eval_columns: {', '.join(self.eval_columns)} need a file or a Hub data set in eval.")
+            raise ArgumentError(
+                f"--eval-columns: {', '.join(self.eval_columns)} need a file or a Hub data set in --eval."
+            )
         if self.fix and not is_config(self.data):
-            check_new_file("out", self.fixed_file, ".jsonl", self.data, *self.eval)
-            check_overwrite("out", self.fixed_file, self.overwrite)
+            check_new_file("--out", self.fixed_file, ".jsonl", self.data, *self.eval)
+            check_overwrite("--out", self.fixed_file, self.overwrite)
 
     @property
     def fixed_file(self) -> Path:
@@ -127,5 +133,5 @@ class InitConfig:
     """Replace the file if it is there."""
 
     def __post_init__(self) -> None:
-        check_new_file("out", self.out, ".yaml", self.data)
-        check_overwrite("out", self.out, self.overwrite)
+        check_new_file("--out", self.out, ".yaml", self.data)
+        check_overwrite("--out", self.out, self.overwrite)

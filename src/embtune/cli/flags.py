@@ -1,7 +1,7 @@
 """Types of options: how each is written as a flag, and how help shows it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +55,12 @@ def sources_by_name(sources: Sequence[str]) -> dict[str, str]:
             raise ArgumentError(f"Two data sets are called {name!r}; name them yourself: NAME=FILE NAME=FILE.")
         found[name] = value
     return found
+
+
+def as_flags(message: str, options: Iterable[str]) -> str:
+    """A message of the library with its arguments written as the flags that a user types."""
+    names = "|".join(map(re.escape, options))
+    return re.sub(rf"\b({names})\b", lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 def bytes_of(name: str, size: str) -> float:

@@ -1,6 +1,7 @@
 """`embtune`, the command: finds the verb, parses its flags, runs it, and turns mistakes into one message."""
 
 import argparse
+import difflib
 import logging
 import os
 import sys
@@ -141,8 +142,12 @@ def _verb(arguments: list[str]) -> str:
     parser.add_argument(
         "--verbose", action="store_true", help=f"show what libraries say, too (or {VERBOSE_VARIABLE}=1)"
     )
-    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    parser.add_argument("verb", metavar="VERB", help=argparse.SUPPRESS)
     found: str = parser.parse_args(arguments).verb
+    if found not in _VERBS:
+        near = difflib.get_close_matches(found.lower(), _VERBS, 1, cutoff=0.5)
+        hint = f"Did you mean `embtune {near[0]}`?" if near else f"There are {', '.join(_VERBS)}."
+        parser.error(f"there is no command {found!r}. {hint}")
     return found
 
 

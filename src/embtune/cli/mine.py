@@ -1,18 +1,21 @@
 """`embtune mine`: hard negatives for a file of pairs, in a file that trains directly."""
 
 import shlex
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 from rich.console import Console
 
 from embtune.cli.config_file import read_config
 from embtune.cli.data_config import MineConfig
 from embtune.cli.display import make_console, print_commands, working
+from embtune.cli.flags import as_flags
 from embtune.cli.places import is_config
 from embtune.data.corpus import read_corpus
 from embtune.data.mining_rules import MiningRules
 from embtune.data.readers import read_dataset
-from embtune.errors import ArgumentError
+from embtune.errors import ArgumentError, EmbtuneError
 from embtune.files import write_json_lines
 
 
@@ -23,18 +26,23 @@ def run_mine(config: MineConfig, console: Console | None = None) -> int:
         EmbtuneError: the data, the model or an option cannot be used; nothing is written then.
     """
     console = console or make_console()
+    if config.search == "faiss":
+        from embtune.runtime import require  # with PyTorch, which nothing else here needs yet
+
+        require("faiss", "--search faiss")
     if is_config(config.data):
         config = _in_config(config)
-    rules = MiningRules(
-        num_negatives=config.num_negatives,
-        range_min=config.range_min,
-        range_max=config.range_max,
-        min_score=config.min_score,
-        max_score=config.max_score,
-        absolute_margin=config.absolute_margin,
-        relative_margin=config.relative_margin,
-        near_duplicates=config.near_duplicates,
-    )
+    with _as_flags():
+        rules = MiningRules(
+            num_negatives=config.num_negatives,
+            range_min=config.range_min,
+            range_max=config.range_max,
+            min_score=config.min_score,
+            max_score=config.max_score,
+            absolute_margin=config.absolute_margin,
+            relative_margin=config.relative_margin,
+            near_duplicates=config.near_duplicates,
+        )
     with working(console, f"Reading {config.data}"):
         pairs = read_dataset(config.data, columns=config.columns or None)
     corpus: list[str] = []
@@ -51,22 +59,38 @@ def run_mine(config: MineConfig, console: Console | None = None) -> int:
             config.model, max_seq_length=config.max_seq_length, dtype=config.dtype, for_inference=True
         )
     console.print(f"Searching {len(pairs) + len(corpus):,} texts for {len(pairs):,} anchors.")
-    mined = mine_hard_negatives(
-        pairs,
-        model,
-        rules,
-        corpus=corpus,
-        output_format=config.output_format,
-        batch_size=config.batch_size,
-        show_progress=console.is_terminal,
-    )
+    with _as_flags():
+        mined = mine_hard_negatives(
+            pairs,
+            model,
+            rules,
+            corpus=corpus,
+            output_format=config.output_format,
+            batch_size=config.batch_size,
+            search=config.search,
+            show_progress=console.is_terminal,
+        )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_lines(config.out, mined.dataset)
-    console.print(str(mined), soft_wrap=True)
+    console.print(_typed(str(mined)), soft_wrap=True)
     console.print(f"Saved {config.out}.", style="bold green", soft_wrap=True)
     train = f"embtune train --model {shlex.quote(config.model)} --data {shlex.quote(str(config.out))}"
     print_commands(console, [("Train with them:", train)])
     return 0
+
+
+def _typed(message: str) -> str:
+    # Only names that can be no word of a sentence.
+    return as_flags(message, (option.name for option in fields(MineConfig) if "_" in option.name))
+
+
+@contextmanager
+def _as_flags() -> Iterator[None]:
+    """Errors of the library name its arguments; here they are flags."""
+    try:
+        yield
+    except EmbtuneError as error:
+        raise type(error)(_typed(str(error))) from error
 
 
 def _in_config(config: MineConfig) -> MineConfig:

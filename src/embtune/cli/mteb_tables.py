@@ -15,7 +15,16 @@ Scores = Mapping[str, Sequence[MtebScore]]
 """Model -> its scores, of the same tasks in the same order; the first model is the baseline."""
 
 
-def mteb_as_dict(scores: Scores) -> dict[str, Any]:
+Lengths = Mapping[str, int | None]
+"""Model -> tokens up to which it reads a text; None reads it whole."""
+
+
+def length_text(length: int | None) -> str:
+    """A model's longest text, as tables say it."""
+    return "no limit" if length is None else f"{length:,} tokens"
+
+
+def mteb_as_dict(scores: Scores, lengths: Lengths) -> dict[str, Any]:
     """Scores and comparisons, ready for JSON; `metrics` is missing where mteb gives no scores of single items."""
     (baseline, before), *others = scores.items()
     comparisons = [
@@ -25,16 +34,20 @@ def mteb_as_dict(scores: Scores) -> dict[str, Any]:
         for name, after in others
         for old, new in zip(before, after, strict=True)
     ]
-    rows = [{"model": name, "scores": [score.to_dict() for score in found]} for name, found in scores.items()]
+    rows = [
+        {"model": name, "max_seq_length": lengths[name], "scores": [score.to_dict() for score in found]}
+        for name, found in scores.items()
+    ]
     return {"mteb": rows, "comparisons": comparisons}
 
 
-def show_mteb(scores: Scores, console: Console) -> None:
+def show_mteb(scores: Scores, lengths: Lengths, console: Console) -> None:
     """Print the scores, and a table for each model after the first."""
     (baseline, before), *others = scores.items()
     table = _table("task", "main score", *scores)
     for place, score in enumerate(before):
         table.add_row(Text(score.task), score.metric, *(f"{found[place].score:.4f}" for found in scores.values()))
+    table.add_row("texts up to", "", *(length_text(lengths[name]) for name in scores))
     console.print()
     console.print(table)
     for name, after in others:

@@ -1,6 +1,6 @@
 """Where a command writes: checked before the work that leads there."""
 
-import os
+import tempfile
 from pathlib import Path
 
 from embtune.errors import ArgumentError
@@ -23,8 +23,13 @@ def check_place(option: str, folder: Path) -> None:
     if not existing.is_dir():
         where = "is a file" if existing == path else f"cannot be made, because {existing} is a file"
         raise ArgumentError(f"{option}={folder} {where}; give a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ArgumentError(f"{option}={folder}: {existing} must not be written by you. Give another folder.")
+    try:  # permissions do not tell: of /proc, or of a file system that is read-only, they promise too much
+        with tempfile.TemporaryDirectory(prefix=".embtune-", dir=existing):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"{option}={folder}: nothing can be made in {existing} ({error.strerror}). Give another folder."
+        ) from error
 
 
 def check_new_file(option: str, file: Path, ending: str, *sources: str | None) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.console import Console
 
 from embtune.cli.config_file import SETTINGS
 from embtune.cli.places import check_place
+from embtune.cli.resuming import asks_for_more
 from embtune.errors import ArgumentError
 from embtune.files import read_json, write_json
 from embtune.report.events import EVENTS
-from embtune.train.checkpoint_folders import PREFIX_CHECKPOINT_DIR, is_whole, last_whole_checkpoint
+from embtune.report.run import REPORT, read_run
+from embtune.train.checkpoint_folders import PREFIX_CHECKPOINT_DIR, is_whole, last_whole_checkpoint, step_of
 
 _RESULTS = "results.json"
 # Options that name files: where they are may differ from place to place, and the data's fingerprints say more.
@@ -55,13 +58,29 @@ class RunFolder:
                 f"{shlex.quote(str(self.path))}."
             )
 
+    def finished(self, options: Mapping[str, Any]) -> bool:
+        """Whether there is nothing left to go on with: the run reached its end, and no other number of steps is asked.
+
+        Raises:
+            ArgumentError: the run's files cannot be read.
+        """
+        if not (self.path / _RESULTS).exists() or read_run(self.path).state != "finished":
+            return False
+        return not asks_for_more(self.settings["config"], options)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What run.json holds."""
+        settings: Mapping[str, Any] = read_json(self.path / SETTINGS)
+        return settings
+
     def check_data(self, fingerprints: Mapping[str, str]) -> None:
         """Raise if the run began with other data.
 
         Raises:
             ArgumentError: a data set's rows differ from those of the first start.
         """
-        before = read_json(self.path / SETTINGS).get("data", {})
+        before = self.settings.get("data", {})
         for name, fingerprint in fingerprints.items():
             if before.get(name, fingerprint) != fingerprint:
                 raise ArgumentError(
@@ -71,7 +90,7 @@ class RunFolder:
 
     def changed_options(self, options: Mapping[str, Any]) -> list[str]:
         """Names of the options that differ from those the run began with."""
-        before = read_json(self.path / SETTINGS)["config"]
+        before = self.settings["config"]
         return [name for name, value in options.items() if name not in _PATHS and before.get(name) != value]
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
@@ -90,12 +109,27 @@ class RunFolder:
         """Say what a signal has left of the run, and how to go on; on standard error where the console is quiet."""
         left = f"Nothing was left in {self.path}."
         if self.resumable:
-            step = last_whole_checkpoint(self.checkpoints).name.rpartition("-")[2]
+            step = step_of(last_whole_checkpoint(self.checkpoints))
             left = f"Saved at step {step}. To go on: embtune train --resume {shlex.quote(str(self.path))}"
+        self._say(console, f"Stopped. {left}")
+
+    def say_finished(self, console: Console, options: Mapping[str, Any]) -> None:
+        """Say that the run is at its end, and where its results are; on standard error where the console is quiet."""
+        run, results = read_run(self.path), read_json(self.path / _RESULTS)
+        when = "" if run.last is None else f" on {datetime.fromtimestamp(run.last):%Y-%m-%d at %H:%M}"
+        steps = results["training"]["steps"]
+        said = f"The run in {self.path} is finished: {steps:,} steps, done{when}. Nothing was done again."
+        if changed := self.changed_options(options):
+            said += f" Now given, and without effect on it: {', '.join(changed)}; start a new run in another folder."
+        exports = "".join(f"\n  {name:<8} {folder}" for name, folder in results.get("exports", {}).items())
+        self._say(console, f"{said}\n  results  {self.path / _RESULTS}\n  page     {self.path / REPORT}{exports}")
+
+    @staticmethod
+    def _say(console: Console, text: str) -> None:
         if console.quiet:
-            print(f"Stopped. {left}", file=sys.stderr)
+            print(text, file=sys.stderr)
         else:
-            console.print(f"\nStopped. {left}", style="yellow", soft_wrap=True)
+            console.print(f"\n{text}", style="yellow", soft_wrap=True)
 
     @contextmanager
     def without_remains(self) -> Iterator[None]:

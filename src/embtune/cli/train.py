@@ -1,7 +1,7 @@
 """`embtune train`: everything that can be refused at once is looked at here; the training itself is beside it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from rich.console import Console
 from embtune.cli.display import make_console
 from embtune.cli.provenance import fingerprint, git_state
 from embtune.cli.reading import read_run_data
+from embtune.cli.resuming import check_fits
 from embtune.cli.run_folder import RunFolder
 from embtune.cli.train_config import TrainConfig
+from embtune.cli.warned import noted_warnings
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
@@ -27,6 +29,19 @@ def run_train(config: TrainConfig, console: Console | None = None) -> int:
     console = console or make_console(quiet=config.quiet or config.json)
     run = RunFolder(config.output)
     run.check(config.resume is not None)
+    options = _plain(config.flat())
+    if config.resume is not None and run.finished(options):
+        run.say_finished(console, options)
+        return 0
+    if config.resume is not None:
+        check_fits(run.settings["config"], options)
+    with noted_warnings() as warned:
+        return _run(config, run, options, console, warned)
+
+
+def _run(
+    config: TrainConfig, run: RunFolder, options: Mapping[str, Any], console: Console, warned: Collection[str]
+) -> int:
     try:
         data = read_run_data(config, console)
         fingerprints = {name: fingerprint(rows) for name, rows in data.train.items()}
@@ -37,10 +52,9 @@ def run_train(config: TrainConfig, console: Console | None = None) -> int:
     except KeyboardInterrupt:
         run.say_stopped(console)
         return INTERRUPTED
-    options = _plain(config.flat())
     settings = {"config": options, "folder": os.getcwd(), "git": git_state(), "data": fingerprints}
     exit_code: int = (
-        training.dry_run(config, data, console)
+        training.dry_run(config, data, console, warned)
         if config.dry_run
         else training.train(config, run, data, settings, console)
     )

@@ -1,10 +1,9 @@
 """A training run once its data is read: load, look ahead, measure, train, measure again, save."""
 
-import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,8 +22,10 @@ from embtune.cli.export_choice import ExportChoice
 from embtune.cli.fitting import BeginCallback, TaskEvaluator, check_trainer_options, fit, make_trainer
 from embtune.cli.loss_choice import make_loss
 from embtune.cli.measuring import BeforeAndAfter, ready_prompts
+from embtune.cli.measuring_again import measure_again
 from embtune.cli.preflight import Preflight
 from embtune.cli.reading import RunData
+from embtune.cli.resuming import about_changes
 from embtune.cli.run_folder import RunFolder
 from embtune.cli.stopping import GracefulStop
 from embtune.cli.train_config import TrainConfig
@@ -37,9 +38,10 @@ from embtune.report.events import EventLog
 from embtune.report.lengths import measure_lengths
 from embtune.report.page import write_report
 from embtune.runtime import describe_machine
-from embtune.train.checkpoint_folders import last_whole_checkpoint
+from embtune.train.checkpoint_folders import last_whole_checkpoint, step_of
 from embtune.train.compiling import compile_settings, tokens_per_step
 from embtune.train.estimate import estimate_run
+from embtune.train.run_checks import check_run
 from embtune.train.trainer import SentenceTransformerTrainer
 
 # What the model card does not list among the settings: files and folders of one machine, and what changes no weight.
@@ -64,23 +66,28 @@ def train(config: TrainConfig, run: RunFolder, data: RunData, settings: Mapping[
     machine = describe_machine()
     try:
         with stop.listening(), run.without_remains(), log.run("train", settings["config"], machine):
-            exports = _train(config, run, data, settings, stop, log, console)
+            results = _train(config, run, data, settings, stop, log, console)
         with working(console, "Writing the report"):
             page = write_report([run.path])
     except KeyboardInterrupt:
         run.say_stopped(console)
         return 128 + (stop.signal or signal.SIGINT)
-    _show_next(config, run, exports, page, console)
+    _show_next(config, run, data, results, page, console)
     return 0
 
 
-def dry_run(config: TrainConfig, data: RunData, console: Console) -> int:
-    """Load and check everything, time a few steps, show what a run would do, and return the exit code."""
+def dry_run(config: TrainConfig, data: RunData, console: Console, warned: Collection[str]) -> int:
+    """Load and check everything, time a few steps, show what a run would do, and return the exit code.
+
+    Args:
+        warned: what there was to warn of, up to the moment at which it is looked at.
+    """
     log = EventLog(None, echo=sys.stdout if config.json else None)
     model, loss = _prepare(config, console, log)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, folder, model, loss, data.train)
-        preflight = _preflight(config, trainer, data)
+        checkpoint = last_whole_checkpoint(RunFolder(config.output).checkpoints) if config.resume is not None else None
+        preflight = _preflight(config, trainer, data, checkpoint)
     with working(console, "Timing a few steps", log):
         seconds, memory = timed_steps(config, model, loss, data.train)
     estimate = replace(preflight.estimate, step_seconds=seconds, measured=True)
@@ -89,8 +96,19 @@ def dry_run(config: TrainConfig, data: RunData, console: Console) -> int:
     preflight = replace(preflight, estimate=estimate, compiling=compiling)
     log.write("preflight", **preflight.to_dict())
     preflight.show(console)
-    console.print("Everything is in order; nothing was trained, nothing written.", style="bold green")
+    _say_ready(console, warned)
     return 0
+
+
+def _say_ready(console: Console, warned: Collection[str]) -> None:
+    nothing = "nothing was trained, nothing written"
+    if not warned:
+        console.print(f"Everything is in order; {nothing}.", style="bold green")
+        return
+    several = f"{len(warned)} warnings" if len(warned) > 1 else "1 warning"
+    console.print(f"Ready to train, with {several}; {nothing}:", style="bold yellow")
+    for warning in warned:
+        console.print(f"- {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _train(
@@ -101,15 +119,16 @@ def _train(
     stop: GracefulStop,
     log: EventLog,
     console: Console,
-) -> Mapping[str, str]:
-    """Returns where each export is."""
+) -> Mapping[str, Any]:
+    """Returns what results.json holds."""
     model, loss = _prepare(config, console, log)
-    if config.resume is not None and (changed := run.changed_options(settings["config"])):
-        console.print(f"Not as when this run began: {', '.join(changed)}.", style="yellow")
+    checkpoint = last_whole_checkpoint(run.checkpoints) if config.resume is not None else None
+    if checkpoint is not None:
+        _show_changes(run, settings["config"], step_of(checkpoint), console)
     ready_prompts(config, model, data, console)
     evaluator = TaskEvaluator(data.tasks, console, log) if config.more.eval_steps else None
     trainer = make_trainer(config, str(run.checkpoints), model, loss, data.train, evaluator)
-    preflight = _preflight(config, trainer, data)
+    preflight = _preflight(config, trainer, data, checkpoint)
     log.write("preflight", **preflight.to_dict())
     if preflight.lengths is not None:
         log.write("lengths", **preflight.lengths)
@@ -119,21 +138,21 @@ def _train(
     log.phase("Preparing the data")
     kept = {**settings, "machine": describe_machine(model.device)}
     begin = BeginCallback(lambda: run.write_settings(kept))
-    checkpoint = str(last_whole_checkpoint(run.checkpoints)) if config.resume is not None else None
-    facts = fit(trainer, preflight.real_tokens, console, log, [begin, stop], checkpoint)
+    resumed = None if checkpoint is None else str(checkpoint)
+    facts = fit(trainer, preflight.real_tokens, console, log, [begin, stop], resumed)
     stop.raise_if_asked()
     console.print(f"Trained {facts.steps:,} steps in {duration(facts.seconds)}.")
     measured.after(model)
     _describe(config, model, data, measured.by_data)
-    results: dict[str, Any] = {"training": asdict(facts), **measured.results(), "exports": {}}
+    how = {"max_seq_length": model.max_seq_length, "dtype": str(model.dtype).removeprefix("torch.")}
+    results: dict[str, Any] = {"training": asdict(facts), "measured": how, **measured.results(), "exports": {}}
     run.write_results(results)
     for choice in map(ExportChoice.parse, config.exports):
         folder = run.path / choice.folder_name
         with working(console, f"Saving as {choice} in {folder}", log):
             results["exports"][str(choice)] = str(save_export_for_report(model, choice, folder, log))
         run.write_results(results)  # after each, so that it says what is there
-    exports: Mapping[str, str] = results["exports"]
-    return exports
+    return results
 
 
 def _prepare(config: TrainConfig, console: Console, log: EventLog) -> tuple[FastSentenceTransformer, Loss]:
@@ -150,7 +169,18 @@ def _prepare(config: TrainConfig, console: Console, log: EventLog) -> tuple[Fast
     return model, made if len(made) > 1 else next(iter(made.values()))
 
 
-def _preflight(config: TrainConfig, trainer: SentenceTransformerTrainer, data: RunData) -> Preflight:
+def _show_changes(run: RunFolder, options: Mapping[str, Any], step: int, console: Console) -> None:
+    changes = list(about_changes(run.settings["config"], options, run.changed_options(options), step))
+    if changes:
+        listed = "".join(f"\n- {change}" for change in changes)
+        console.print(f"Not as when this run began:{listed}", style="yellow", soft_wrap=True)
+
+
+def _preflight(
+    config: TrainConfig, trainer: SentenceTransformerTrainer, data: RunData, checkpoint: Path | None
+) -> Preflight:
+    """What is known before training; of a run that goes on from a checkpoint, for the steps that are left."""
+    check_run(trainer)
     model = trainer.model
     lengths = measure_lengths(model, data.train, config.batch_size, config.more.prompts)
     real = computed = float(tokens_per_step(trainer))
@@ -160,7 +190,10 @@ def _preflight(config: TrainConfig, trainer: SentenceTransformerTrainer, data: R
         read = lengths["tokens_read"]
         if not lengths["packed"]:
             computed = real / (1 - lengths["padding"])
-    return Preflight(data, lengths, real, model.explain(), estimate_run(trainer, computed, read))
+    estimate = estimate_run(trainer, computed, read)
+    if checkpoint is not None:
+        estimate = replace(estimate, steps=max(0, estimate.steps - step_of(checkpoint)))
+    return Preflight(data, lengths, real, model.explain(), estimate)
 
 
 def _load_model(config: TrainConfig) -> FastSentenceTransformer:
@@ -219,7 +252,10 @@ def _facts(source: str, dataset: Dataset) -> DataFacts:
     return DataFacts(name, len(dataset), dataset.column_names, hub_id=name if on_hub else None)
 
 
-def _show_next(config: TrainConfig, run: RunFolder, exports: Mapping[str, str], page: Path, console: Console) -> None:
+def _show_next(
+    config: TrainConfig, run: RunFolder, data: RunData, results: Mapping[str, Any], page: Path, console: Console
+) -> None:
+    exports: Mapping[str, str] = results["exports"]
     done = f"\nDone. What happened is on the page {page}; all numbers are in {run.path / 'results.json'}."
     console.print(done, style="bold green", soft_wrap=True)
     commands = [usage(ExportChoice.parse(name), Path(saved)) for name, saved in exports.items()]
@@ -228,6 +264,5 @@ def _show_next(config: TrainConfig, run: RunFolder, exports: Mapping[str, str], 
         with_data = "embtune train … --eval-data held-out.jsonl"
         commands.append(("Nothing was measured; with held-out pairs in a file:", with_data))
     elif merged is not None:
-        models = f"{shlex.quote(config.model)} {shlex.quote(merged)}"
-        commands.append(("Measure it on other data:", f"embtune evaluate {models} --data DATA"))
+        commands.append(measure_again(config, merged, data.tasks, results["measured"]))
     print_commands(console, commands)

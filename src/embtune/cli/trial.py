@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from embtune.cli.fitting import make_trainer
 from embtune.cli.train_config import TrainConfig
+from embtune.errors import PreflightWarning
 from embtune.runtime import peak_memory
 
 STEPS = 4  # the first warms up and is not counted
@@ -54,7 +56,9 @@ def timed_steps(
             report_to="none",
         )
         trainer.add_callback(clock)
-        with redirect_stdout(StringIO()):  # what the Trainer prints is about this trial alone
+        # What the Trainer prints and finds out is about this trial; the run itself has been checked.
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", PreflightWarning)
             trainer.train()
     return statistics.median(clock.seconds[1:]), peak_memory(trainer.args.device)
 

@@ -10,7 +10,7 @@ from embtune.data.columns import LABEL_ROLES, ColumnRoles, canonical
 from embtune.data.retrieval import RetrievalData
 from embtune.data.same_text import digest, normal, shortened
 from embtune.data.tables import check_cells
-from embtune.errors import DataError, EmbtuneWarning
+from embtune.errors import DataError, PreflightWarning
 
 _EXAMPLES = 3
 
@@ -54,7 +54,7 @@ def check_overlap(train: Rows, evaluation: Rows | RetrievalData) -> list[str]:
 def _warned(findings: Iterable[str]) -> list[str]:
     found = list(findings)
     for finding in found:
-        warnings.warn(finding, EmbtuneWarning, stacklevel=3)
+        warnings.warn(finding, PreflightWarning, stacklevel=3)
     return found
 
 

@@ -1,7 +1,7 @@
 """Text files, line by line: every mistake is reported with the file and the line, counted from 1."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,28 @@ from embtune.errors import DataError
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_AS_CSV = "Save its sheet as CSV (UTF-8), or as JSONL, and give that file."
+_UNPACK = "Unpack it, and give the file that was in it."
+
+BINARY_ENDINGS: Mapping[str, str] = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), f"is a spreadsheet. {_AS_CSV}"),
+    **dict.fromkeys((".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".rar"), f"is an archive. {_UNPACK}"),
+}
+"""Endings of files that hold rows in a form that is not read, and what to do."""
+
+# What files of these kinds begin with, whatever they are called.
+_BEGINNINGS: Mapping[bytes, str] = {
+    b"PK\x03\x04": f"is packed, as spreadsheets (.xlsx) and archives (.zip) are. Of a spreadsheet: {_AS_CSV} "
+    f"Of an archive: {_UNPACK}",
+    b"\xd0\xcf\x11\xe0": f"is an old Office file. {_AS_CSV}",
+    b"\x1f\x8b": f"is an archive (gzip). {_UNPACK}",
+    b"PAR1": "is a Parquet file. Rename it to end in .parquet.",
+    b"ARROW1": "is an Arrow file. Load it by datasets.Dataset.from_file and write it with to_parquet.",
+    b"SQLite format 3": "is a database. Write the rows of a table to CSV, and give that file.",
+    b"%PDF": "is a PDF. Give the rows as a text file in CSV or JSONL.",
+    b"\x89PNG": "is an image. Give the rows as a text file in CSV or JSONL.",
+    b"\xff\xd8\xff": "is an image. Give the rows as a text file in CSV or JSONL.",
+}
 
 
 @contextmanager
@@ -33,9 +55,10 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
     Only a line feed ends a line: JSON texts may hold U+2028 and the like, at which `str.splitlines` would cut.
 
     Raises:
-        DataError: the file cannot be opened, or a line is not UTF-8.
+        DataError: the file cannot be opened, holds no text, or a line is not UTF-8.
     """
     with reading(path), path.open("rb") as file:
+        _refuse_binary(path, file.peek(64)[:64])
         for number, raw in enumerate(file, 1):
             yield number, _decode(raw, path, number)
 
@@ -43,6 +66,14 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
 def decoded_text(path: Path) -> str:
     """The whole file as text; raises as `decoded_lines`."""
     return "".join(text for _, text in decoded_lines(path))
+
+
+def _refuse_binary(path: Path, begins: bytes) -> None:
+    for mark, what in _BEGINNINGS.items():
+        if begins.startswith(mark):
+            raise DataError(f"{path} {what}")
+    if b"\0" in begins.partition(b"\n")[0] and not begins.startswith(_UTF16_MARKS):
+        raise DataError(f"{path} holds no text: there are zero bytes in it. Give the rows as CSV, JSONL or Parquet.")
 
 
 def _decode(raw: bytes, path: Path, number: int) -> str:

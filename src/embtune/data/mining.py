@@ -1,26 +1,26 @@
 """Hard negatives: texts that the model ranks high for an anchor although they do not answer it.
 
-Shapes: A anchors, D documents of a block, N candidates kept for each anchor.
+Shapes: A anchors.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pyarrow as pa
-import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from embtune.data.candidates import Candidates, Search, choose_search, rank_candidates
 from embtune.data.columns import ColumnRoles, as_option, canonical
 from embtune.data.mining_rules import NEAR_DUPLICATE, MiningRules
 from embtune.data.near_duplicates import jaccard, word_set
-from embtune.data.ranking import rank_documents
 from embtune.data.same_text import digest, normal
 from embtune.data.tables import to_dataset
 from embtune.errors import ArgumentError, DataError
+from embtune.runtime import package_version
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class MinedNegatives:
     """Mean similarity of anchor and positive, over the rows of `dataset`."""
     negative_score: float
     """Mean similarity of anchor and negative."""
+    search: Literal["torch", "faiss"]
+    """What searched."""
 
     def __str__(self) -> str:
         lines = [
             f"{len(self.dataset):,} rows with {', '.join(self.dataset.column_names)}, from {self.rows:,} rows and "
-            f"{self.documents:,} documents.",
+            f"{self.documents:,} documents. Exact search by {_named(self.search)}.",
             f"Similarity to the anchor: positives {self.positive_score:.3f} on average, negatives "
             f"{self.negative_score:.3f}.",
         ]
@@ -58,6 +60,13 @@ class MinedNegatives:
         return "\n".join(lines)
 
 
+def _named(search: Literal["torch", "faiss"]) -> str:
+    if search == "torch":
+        return "PyTorch"
+    version = package_version("faiss-cpu")  # a faiss of another distribution, conda's say, names none
+    return f"faiss {version}" if version else "faiss"
+
+
 def mine_hard_negatives(
     pairs: Dataset,
     model: SentenceTransformer,
@@ -67,6 +76,7 @@ def mine_hard_negatives(
     output_format: Literal["n-tuple", "triplet"] = "n-tuple",
     batch_size: int = 64,
     chunk: int = 2048,
+    search: Search = "auto",
     show_progress: bool = False,
 ) -> MinedNegatives:
     """Find hard negatives for each pair among the positives of other anchors, and in `corpus`.
@@ -86,10 +96,13 @@ def mine_hard_negatives(
             pairs with fewer negatives than asked for are kept.
         batch_size: texts encoded at a time.
         chunk: documents encoded and searched at a time; memory grows with it.
+        search: what multiplies the blocks; both give the same rows. "auto" is PyTorch, the faster one as measured
+            (docs/decisions.md); "faiss" multiplies on the CPU.
 
     Raises:
         DataError: `pairs` is empty, has no anchor and positive or more than that, or no row got enough negatives.
-        ArgumentError: an option is out of its range.
+        ArgumentError: an option is out of its range, or faiss is asked for and does not know the model's similarity.
+        MissingPackageError: faiss is asked for and not installed.
     """
     rules = rules or MiningRules()
     for name, value in (("batch_size", batch_size), ("chunk", chunk)):
@@ -97,20 +110,22 @@ def mine_hard_negatives(
             raise ArgumentError(f"{name}={value} must be at least 1.")
     if output_format not in ("n-tuple", "triplet"):
         raise ArgumentError(f"output_format={output_format!r} must be 'n-tuple' or 'triplet'.")
+    chosen = choose_search(search, model)
     task = _Task.of(_checked(pairs), corpus)
-    known = _KnownPairs(task)
-    scores_AN, positions_AN = rank_documents(
+    excluded = sorted(task.excluded(), key=lambda pair: pair[1])
+    candidates = rank_candidates(
         model,
         task.anchors,
         task.documents,
+        excluded,
         keep=rules.last_rank,
         batch_size=batch_size,
         chunk=chunk,
+        search=chosen,
         show_progress=show_progress,
-        on_scores=known,
     )
-    ranked = _Ranked(scores_AN[:, rules.range_min :], positions_AN[:, rules.range_min :])
-    return _collect(task, known, ranked, rules, output_format)
+    known = dict(zip(excluded, candidates.excluded_P.tolist(), strict=True))
+    return _collect(task, known, candidates, rules, output_format, chosen)
 
 
 def _checked(pairs: Dataset) -> Dataset:
@@ -179,42 +194,6 @@ class _Distinct:
         return number
 
 
-class _KnownPairs:
-    """Notes the scores of the excluded pairs as the blocks go by, and takes these pairs out of the ranking."""
-
-    def __init__(self, task: _Task) -> None:
-        pairs = sorted(task.excluded(), key=lambda pair: pair[1])
-        self._anchor_P, self._document_P = torch.tensor(pairs).T.contiguous()
-        self._score_P = torch.full((len(pairs),), -torch.inf)
-
-    def __call__(self, scores_AD: torch.Tensor, first_anchor: int, first_document: int) -> None:
-        bounds = torch.tensor([first_document, first_document + scores_AD.shape[1]])
-        start, end = torch.searchsorted(self._document_P, bounds).tolist()
-        rows = self._anchor_P[start:end] - first_anchor
-        here = torch.nonzero((rows >= 0) & (rows < len(scores_AD))).flatten()
-        rows, columns = rows[here], self._document_P[start:end][here] - first_document
-        where = rows.to(scores_AD.device), columns.to(scores_AD.device)
-        self._score_P[start + here] = scores_AD[where].cpu()
-        scores_AD[where] = -torch.inf
-
-    def scores(self) -> dict[tuple[int, int], float]:
-        """The similarity of each excluded pair."""
-        pairs = zip(self._anchor_P.tolist(), self._document_P.tolist(), strict=True)
-        return dict(zip(pairs, self._score_P.tolist(), strict=True))
-
-
-class _Ranked(NamedTuple):
-    """The candidates of each anchor within the rank window, best first."""
-
-    scores_AN: torch.Tensor
-    positions_AN: torch.Tensor
-
-    def of(self, anchor: int) -> Iterator[tuple[int, float]]:
-        """Document and score; what was taken out of the ranking stands at its end."""
-        candidates = zip(self.positions_AN[anchor].tolist(), self.scores_AN[anchor].tolist(), strict=True)
-        return ((position, score) for position, score in candidates if score > -torch.inf)
-
-
 class _NearDuplicates:
     """Whether a document is nearly one of the texts that answer an anchor."""
 
@@ -234,9 +213,13 @@ class _NearDuplicates:
 
 
 def _collect(
-    task: _Task, known: _KnownPairs, ranked: _Ranked, rules: MiningRules, output_format: str
+    task: _Task,
+    positive_scores: Mapping[tuple[int, int], float],
+    candidates: Candidates,
+    rules: MiningRules,
+    output_format: str,
+    search: Literal["torch", "faiss"],
 ) -> MinedNegatives:
-    positive_scores = known.scores()
     is_near = _NearDuplicates(task, rules.near_duplicates)
     dropped: Counter[str] = Counter()
     chosen: list[tuple[int, list[int]]] = []
@@ -246,7 +229,7 @@ def _collect(
     for row, (anchor, positive) in enumerate(task.rows):
         positive_score = positive_scores[anchor, positive]
         negatives: dict[int, float] = {}
-        for document, score in ranked.of(anchor):
+        for document, score in candidates.of(anchor, rules.range_min):
             reason = rules.objection(score, positive_score)
             if reason is None and is_near(anchor, document):
                 reason = NEAR_DUPLICATE
@@ -275,6 +258,7 @@ def _collect(
         dropped=dict(sorted(dropped.items())),
         positive_score=sums[0] / len(chosen),
         negative_score=sums[1] / found,
+        search=search,
     )
 
 

@@ -4,6 +4,7 @@ Shapes: Q queries, D documents of a block, N documents kept for each query.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -13,9 +14,10 @@ from sentence_transformers import SentenceTransformer
 
 from embtune.errors import ModelError
 
-SCORES_PER_BLOCK = 2**24  # 64 MiB of float32
+SCORES_PER_BLOCK = 2**21  # 8 MiB of float32, which an allocator reuses; 64 MiB took 1.7 times as long
 
-OnScores: TypeAlias = Callable[[torch.Tensor, int, int], None]
+Encode: TypeAlias = Callable[..., torch.Tensor]
+Blocks: TypeAlias = Callable[[Encode, Sequence[str]], Iterator[tuple[int, torch.Tensor]]]
 
 
 def rank_documents(
@@ -27,39 +29,44 @@ def rank_documents(
     batch_size: int,
     chunk: int,
     show_progress: bool,
-    on_scores: OnScores | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank `documents` for each query by the model's own similarity.
-
-    Args:
-        on_scores: called with each block's scores_QD, the position of its first query and that of its first document;
-            it may change the scores in place.
 
     Returns scores_QN and positions_QN in `documents`, both on the CPU, best first; N is `keep` or the number of
     documents if that is less. Equal scores rank in the order of `documents`, whatever `chunk` is.
     """
-    with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task("Encoding queries and documents", total=len(queries) + len(documents))
+    with encoding(len(queries) + len(documents), batch_size, chunk, show_progress) as blocks:
+        queries_QE = torch.cat([block for _, block in blocks(model.encode_query, queries)])
+        best = nothing_yet(len(queries), min(keep, len(documents)), queries_QE.device)
+        rows = max(1, SCORES_PER_BLOCK // chunk)
+        for first, documents_DE in blocks(model.encode_document, documents):
+            for part in (slice(start, start + rows) for start in range(0, len(queries), rows)):
+                scores_QD = model.similarity(queries_QE[part], documents_DE)
+                best[0][part], best[1][part] = merge_best(best[0][part], best[1][part], scores_QD, first)
+    return best[0].cpu(), best[1].cpu()
 
-        def blocks(encode: Callable[..., torch.Tensor], texts: Sequence[str]) -> Iterator[tuple[int, torch.Tensor]]:
+
+@contextmanager
+def encoding(texts: int, batch_size: int, chunk: int, show_progress: bool) -> Iterator[Blocks]:
+    """A function that encodes `chunk` texts at a time, and gives the position of each block's first and the block.
+
+    Args:
+        texts: how many there will be, for the display.
+    """
+    with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
+        task = progress.add_task("Encoding queries and documents", total=texts)
+
+        def blocks(encode: Encode, texts: Sequence[str]) -> Iterator[tuple[int, torch.Tensor]]:
             for start in range(0, len(texts), chunk):
                 block = embed(encode, texts[start : start + chunk], batch_size=batch_size)
                 progress.advance(task, len(block))
                 yield start, block
 
-        queries_QE = torch.cat([block for _, block in blocks(model.encode_query, queries)])
-        best = _nothing_yet(len(queries), min(keep, len(documents)), queries_QE.device)
-        rows = max(1, SCORES_PER_BLOCK // chunk)
-        for first, documents_DE in blocks(model.encode_document, documents):
-            for part in (slice(start, start + rows) for start in range(0, len(queries), rows)):
-                scores_QD = model.similarity(queries_QE[part], documents_DE)
-                if on_scores is not None:
-                    on_scores(scores_QD, part.start, first)
-                best[0][part], best[1][part] = merge_best(best[0][part], best[1][part], scores_QD, first)
-    return best[0].cpu(), best[1].cpu()
+        yield blocks
 
 
-def _nothing_yet(queries: int, keep: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def nothing_yet(queries: int, keep: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and positions of `keep` places that no document has taken."""
     scores_QN = torch.full((queries, keep), -torch.inf, device=device)
     return scores_QN, torch.full((queries, keep), -1, device=device)
 
@@ -69,8 +76,15 @@ def merge_best(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best N of those kept so far and of a block of later documents, whose first one has position `first`."""
     block_QD = torch.arange(first, first + scores_QD.shape[1], device=scores_QD.device).expand(len(scores_QD), -1)
+    return merge_ranked(scores_QN, positions_QN, scores_QD, block_QD)
+
+
+def merge_ranked(
+    scores_QN: torch.Tensor, positions_QN: torch.Tensor, scores_QD: torch.Tensor, positions_QD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best N of those kept so far and of others, whose positions are later and rise along each row."""
     scores_QM = torch.cat([scores_QN, scores_QD], dim=1)
-    positions_QM = torch.cat([positions_QN, block_QD], dim=1)
+    positions_QM = torch.cat([positions_QN, positions_QD], dim=1)
     chosen_QN = _stable_top(scores_QM, scores_QN.shape[1])
     return scores_QM.gather(1, chosen_QN), positions_QM.gather(1, chosen_QN)
 

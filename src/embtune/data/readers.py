@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 
 from embtune.data.columns import ColumnRoles, canonical
 from embtune.data.formats import RAW_ROWS, READERS, SEPARATORS, separator_of
-from embtune.data.lines import reading
+from embtune.data.lines import BINARY_ENDINGS, reading
 from embtune.data.tables import check_cells
 from embtune.data.values import parse_number
 from embtune.errors import ArgumentError, DataError
@@ -124,6 +124,8 @@ def _locate(source: str | Path) -> Path | re.Match[str]:
     if not is_file:
         raise DataError(f"{path} is no regular file. Save the rows in one that ends in {_ENDINGS}.")
     if path.suffix.lower() not in READERS:
+        if path.suffix.lower() in BINARY_ENDINGS:
+            raise DataError(f"{path} {BINARY_ENDINGS[path.suffix.lower()]}")
         raise DataError(
             f"{path}: the ending {path.suffix!r} does not tell the format. Give a file that ends in {_ENDINGS}."
         )

@@ -51,21 +51,30 @@ class TokenColumn:
     def __init__(self, batches: Sequence[pa.RecordBatch], path: Path | None = None) -> None:
         self._batches = list(batches)
         self._path = path
-        self._chunks = [_offsets_and_values(batch) for batch in self._batches]
+        chunks = [_offsets_and_values(batch) for batch in self._batches]
+        self._values = [values for _, values in chunks]
+        self._begins, self._ends = (
+            np.concatenate([offsets[part] for offsets, _ in chunks] or [np.zeros(0, np.int64)])
+            for part in (slice(None, -1), slice(1, None))
+        )
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches)
 
     def __getitem__(self, row: int) -> np.ndarray:
         """The ids of one text, int32 and read-only."""
-        offsets, values = self._chunks[row // ROWS]
-        row %= ROWS
-        return values[offsets[row] : offsets[row + 1]]
+        return self.take([row])[0]
+
+    def take(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The ids of several texts, each int32 and read-only."""
+        # Numbers of PyTorch's and NumPy's own cost more than the slices that they are for.
+        begins, ends = self._begins[rows].tolist(), self._ends[rows].tolist()
+        return [self._values[row // ROWS][begin:end] for row, begin, end in zip(rows, begins, ends, strict=True)]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each text [rows]."""
-        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks] or [np.zeros(0, np.int64)])
+        return self._ends - self._begins
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers that are started anew open the file, instead of being sent what is in it.

@@ -166,10 +166,25 @@ def _averaged(metric: str, parts: Mapping[str, Part]) -> tuple[Statistic, ItemSc
 
 
 def _correlated(metric: str, parts: Mapping[str, Part]) -> tuple[Statistic, ItemScores] | None:
-    """Spearman's correlation, which belongs to all pairs of one part together."""
-    [part, *others] = parts.values()
-    if others or not isinstance(part, SimilarityPart) or metric not in ("cosine_spearman", "spearman"):
+    """Spearman's correlation, which belongs to all pairs of a part together; of several parts, the mean of theirs."""
+    found = {name: part for name, part in parts.items() if isinstance(part, SimilarityPart)}
+    too_small = any(len(part.judged) < 2 for part in found.values())
+    if too_small or len(found) < len(parts) or metric not in ("cosine_spearman", "spearman"):
         return None
-    similarities, judged = np.array(part.similarities, dtype=float), np.array(part.judged, dtype=float)
-    agreement = ItemScores.of_rows("rank agreement", rank_agreement(similarities, judged), part.texts)
-    return spearman_statistic(similarities, judged), agreement
+    statistics, scores, sizes = [], [], []
+    names: list[str] = []
+    texts: list[str] = []
+    for name, part in found.items():
+        similarities, judged = np.array(part.similarities, dtype=float), np.array(part.judged, dtype=float)
+        statistics.append(spearman_statistic(similarities, judged))
+        scores.append(rank_agreement(similarities, judged))
+        names += [f"{name} {row}" if len(found) > 1 else str(row) for row in range(len(judged))]
+        texts += part.texts
+        sizes.append(len(judged))
+    borders = np.cumsum(sizes)[:-1]
+
+    def mean_of_parts(counts_SN: np.ndarray) -> np.ndarray:
+        drawn = np.split(counts_SN, borders, axis=1)
+        return np.mean([statistic(each) for statistic, each in zip(statistics, drawn, strict=True)], axis=0)
+
+    return mean_of_parts, ItemScores("rank agreement", np.concatenate(scores), names, texts)

@@ -132,7 +132,7 @@ def _correlation(counts_SN: np.ndarray, x_SN: np.ndarray, y_SN: np.ndarray) -> n
 
     `x_SN` and `y_SN` (one row does for all draws) must be centred roughly, or the subtractions lose digits.
     """
-    total = counts_SN.shape[1]
+    total = np.maximum(counts_SN.sum(axis=1), 1)
     mean_x = np.einsum("sn,sn->s", counts_SN, x_SN) / total
     mean_y = np.einsum("sn,sn->s", counts_SN, y_SN) / total
     variance_x = np.einsum("sn,sn,sn->s", counts_SN, x_SN, x_SN) / total - mean_x**2

@@ -1,5 +1,6 @@
 """Loading: sentence-transformers folders module by module, bare checkpoints, and adapter folders onto their base."""
 
+import difflib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,10 @@ class Source:
             path.is_absolute() or self.name.startswith(".") or self.name.count("/") > 1
         )
         if looks_local and not path.is_dir():
-            raise ModelError(f"{self.name}: there is no such folder. Check the path, or give a Hub name (owner/model).")
+            raise ModelError(
+                f"{self.described}: there is no such folder. {_near(path)}"
+                f"{self.about_base or 'Check the path, or give a Hub name (owner/model).'}"
+            )
         if path.is_dir() and not _holds_model(path):
             inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _holds_model(folder))
             if inside:
@@ -98,6 +102,21 @@ class Source:
                 f"{self.name} holds {exported} and no weights to load, as an export for other runtimes leaves it. "
                 "Load the model that it was exported from."
             )
+
+    @property
+    def described(self) -> str:
+        """How messages begin."""
+        return self.name if self.adapter is None else f"{self.name}, which the adapter {self.adapter} names as its base"
+
+    @property
+    def about_base(self) -> str | None:
+        """What to do about the base of an adapter that is not there."""
+        if self.adapter is None:
+            return None
+        return (
+            "Put the base there, or write where it is as base_model_name_or_path into "
+            f"{Path(self.adapter, 'adapter_config.json')}."
+        )
 
     def renamed(self, name: str) -> "Source":
         """The base that an adapter names: of its own repository, where the adapter's revision means nothing."""
@@ -367,6 +386,21 @@ def adapter_base(source: Source) -> str | None:
     return base
 
 
+def check_there(source: Source) -> None:
+    """Raise unless there is a model to load, and for an adapter its base; of the Hub, small files are read at most.
+
+    Raises:
+        ModelError: there is none; the message says what to do.
+    """
+    base = adapter_base(source)
+    if base is not None:
+        check_there(source.renamed(base))
+        return
+    with _explained(source):
+        if source.find("modules.json") is None:
+            AutoConfig.from_pretrained(source.name, **source.hub)
+
+
 def local_folder(source: Source) -> Path:
     """The checkpoint as a local folder, downloaded from the Hub where it is not one."""
     if Path(source.name).is_dir():
@@ -431,10 +465,32 @@ def _explained(source: Source) -> Iterator[None]:
             raise
         raise ArgumentError(f"model_kwargs[{argument}]: {source.name} takes no such argument.") from error
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        where = "folder" if Path(source.name).is_dir() else "Hub repository"
-        what = source.name if source.adapter is None else f"{source.name}, the base of the adapter {source.adapter},"
-        raise ModelError(
-            f"The model {what} could not be loaded from this {where}: {first_line} "
-            "Check the name, and for a private model the token; offline, give the path of a local folder."
-        ) from error
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(_about_failure(source, reason)) from error
+
+
+def _about_failure(source: Source, reason: str) -> str:
+    path = Path(source.name)
+    if path.is_dir():
+        return (
+            f"The model {source.described} could not be loaded from this folder: {reason} "
+            "Check the path; or make the folder anew, by the export or download that it came from."
+        )
+    remedy = source.about_base or (
+        "Check the name, and for a private model the token; offline, give the path of a local folder."
+    )
+    if len(path.parts) == 1 or path.parent.is_dir():  # a folder is meant: Hub names have an owner, but for a few
+        return (
+            f"{source.described}: there is no such folder, and no model of that name could be loaded from the Hub "
+            f"({reason.rstrip('.')}). {_near(path)}{remedy}"
+        )
+    return f"The model {source.described} could not be loaded from this Hub repository: {reason} {remedy}"
+
+
+def _near(path: Path) -> str:
+    """A question about folders beside a path that hold models and are called similarly; empty where none is."""
+    if not path.parent.is_dir():
+        return ""
+    models = [folder.name for folder in path.parent.iterdir() if folder.is_dir() and _holds_model(folder)]
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, models)]
+    return f"Did you mean {' or '.join(near)}? " if near else ""

@@ -71,7 +71,7 @@ class PackedRow:
 
     def pin_memory(self) -> "PackedRow":
         """In memory that the device copies from without the host waiting; PyTorch's DataLoader calls this."""
-        return replace(self, tokens_3T=self.tokens_3T.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+        return replace(self, tokens_3T=_pinned(self.tokens_3T), cu_seqlens=_pinned(self.cu_seqlens))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> "PackedRow":  # noqa: ARG002
         """On the device; never waits for it, whatever `non_blocking` says: accelerate asks to wait by default."""
@@ -95,3 +95,10 @@ class PackedRow:
         row = self.features()
         row["attention_mask"] = row_mask(packing, dtype, mask_value, attention)
         return row, packing
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    # PyTorch's own copy wakes its threads for this, which takes 0.2 to 5 ms where NumPy's takes 0.05.
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    np.copyto(pinned.numpy(), tensor.numpy())
+    return pinned

@@ -11,13 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from embtune.errors import ArgumentError
 from embtune.files import atomic_files
 from embtune.report.events import EVENTS
-from embtune.report.run import Run, read_run
+from embtune.report.run import REPORT, Run, read_run
 from embtune.report.svg import ROLES
 from embtune.report.view import page_view
 from embtune.runtime import package_version
-
-REPORT = "report.html"
-"""Name of the page within a run's folder."""
+from embtune.train.checkpoint_folders import PREFIX_CHECKPOINT_DIR
 
 MAX_RUNS = 8  # colours that can be told apart
 _TEMPLATE = Path(__file__).parent / "template"
@@ -39,10 +37,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not (path / EVENTS).is_file():
-            raise ArgumentError(
-                f"{path} holds no {EVENTS}. Name the folder of a run: what --output of `embtune train` or --out of "
-                "`embtune demo` said."
-            )
+            raise ArgumentError(_about_no_events(path))
     if not 1 <= len(paths) <= MAX_RUNS:
         raise ArgumentError(f"{len(paths)} runs are named; a page compares 1 to {MAX_RUNS}.")
     target = paths[0] / REPORT if out is None else Path(out)
@@ -52,6 +47,20 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     with atomic_files(target.parent) as staging:
         (staging / target.name).write_text(page, encoding="utf-8")
     return target
+
+
+def _about_no_events(path: Path) -> str:
+    if any(path.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):  # what a Trainer of one's own program leaves
+        return (
+            f"{path} holds checkpoints, but no {EVENTS}, from which the page is made: only `embtune train` writes it "
+            "by itself. In a Python program, before trainer.train(), add the line\n"
+            f"  trainer.add_callback(EventCallback(EventLog({str(path)!r})))\n"
+            "with EventCallback from embtune.report.callback and EventLog from embtune.report.events."
+        )
+    return (
+        f"{path} holds no {EVENTS}. Name the folder of a run: what --output of `embtune train` or --out of "
+        "`embtune demo` said."
+    )
 
 
 def render_page(runs: Sequence[Run], *, live: bool = False, version: str = "") -> str:

@@ -9,6 +9,9 @@ from embtune.errors import ArgumentError
 from embtune.report.alive import is_gone
 from embtune.report.events import EVENTS, FORMAT, read_events
 
+REPORT = "report.html"
+"""Name of the page within a run's folder."""
+
 SILENCE = 60.0  # seconds without an event while steps follow each other
 LONG_SILENCE = 900.0  # seconds in phases that write nothing on their way: loading, measuring, saving
 USUAL_GAPS = 5.0  # silence is judged by the longest pause so far, too
@@ -83,6 +86,7 @@ class Run:
     damaged: int = 0
     """Lines that could not be read."""
     _longest_gap: float = 0.0
+    _training_alone: bool = False
 
     @property
     def running(self) -> bool:
@@ -129,6 +133,7 @@ class Run:
         if int(event["format"]) > FORMAT:
             raise ArgumentError(f"{self.name} was written by a newer embtune; install that one to read it.")
         self.state, self.error, self.phase = "running", None, "Starting"
+        self._training_alone = False
         self.command = str(event["command"])
         self.settings, self.machine = dict(event["settings"]), dict(event["machine"])
         process = event.get("process")
@@ -140,6 +145,8 @@ class Run:
         self.phase = str(event["what"])
 
     def _on_training(self, event: dict[str, Any]) -> None:
+        if self.state == "waiting":  # a program that has the callback alone, and says nothing of before and after
+            self._training_alone, self.state, self.started = True, "running", float(event["time"])
         self.phase = "Training"
         self.training, self.trained = (float(event["time"]), int(event["step"])), None
         begun = self.training[1]
@@ -173,6 +180,8 @@ class Run:
         self._on_step(event)
         self._note_memory(event)
         self.phase, self.trained = "Trained", float(event["time"])
+        if self._training_alone:
+            self.state = "finished"
 
     def _on_lengths(self, event: dict[str, Any]) -> None:
         self.lengths = event

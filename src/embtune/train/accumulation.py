@@ -20,15 +20,15 @@ from torch import nn
 
 from embtune.errors import EmbtuneWarning
 
-_CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
-_PAIRS_IN_BATCH = (
+CACHED = (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)
+PAIRS_IN_BATCH = (
     MultipleNegativesRankingLoss,
     GISTEmbedLoss,
     MegaBatchMarginLoss,
     ContrastiveTensionLossInBatchNegatives,
 )
 # They make triplets of a batch's classes; BatchHardSoftMarginTripletLoss is a BatchHardTripletLoss.
-_CLASSES_IN_BATCH = (BatchAllTripletLoss, BatchHardTripletLoss, BatchSemiHardTripletLoss)
+CLASSES_IN_BATCH = (BatchAllTripletLoss, BatchHardTripletLoss, BatchSemiHardTripletLoss)
 
 
 def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | Mapping[str, nn.Module]) -> None:
@@ -36,7 +36,7 @@ def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | 
     if gradient_accumulation_steps <= 1:
         return
     for each in loss.values() if isinstance(loss, Mapping) else [loss]:
-        innermost = _unwrap(each)
+        innermost = innermost_loss(each)
         remedy = _remedy(innermost)
         if remedy is None:
             continue
@@ -50,19 +50,20 @@ def warn_about_accumulation(gradient_accumulation_steps: int, loss: nn.Module | 
 
 def _remedy(loss: nn.Module) -> str | None:
     """How to get a larger batch, for losses that take negatives from it; None for all others."""
-    if isinstance(loss, _CACHED):
+    if isinstance(loss, CACHED):
         return "Raise per_device_train_batch_size instead: mini_batch_size already bounds the memory."
-    if isinstance(loss, _PAIRS_IN_BATCH):
+    if isinstance(loss, PAIRS_IN_BATCH):
         return (
             "For a larger batch in the same memory use CachedMultipleNegativesRankingLoss with a large "
             "per_device_train_batch_size and a small mini_batch_size."
         )
-    if isinstance(loss, _CLASSES_IN_BATCH):
+    if isinstance(loss, CLASSES_IN_BATCH):
         return "Raise per_device_train_batch_size instead; gradient checkpointing makes room for it."
     return None
 
 
-def _unwrap(loss: nn.Module) -> nn.Module:
+def innermost_loss(loss: nn.Module) -> nn.Module:
+    """The loss that a Matryoshka or AdaptiveLayer loss holds, or the loss itself."""
     while isinstance(loss, MatryoshkaLoss | AdaptiveLayerLoss):
         loss = loss.loss
     return loss

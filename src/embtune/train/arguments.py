@@ -6,14 +6,16 @@ import sentence_transformers
 
 from embtune.accelerate.breakeven import MODES
 from embtune.errors import ArgumentError
+from embtune.runtime import default_device
 
 
 @dataclass
 class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransformerTrainingArguments):
     """sentence-transformers' arguments with the same names and meaning, and six more.
 
-    One default differs: `logging_nan_inf_filter` is off. Switched on, it asks the accelerator in every step whether the
-    loss is a number, which stops the host from preparing the next one, and hides from the log that it is not.
+    Where there is no accelerator, `dataloader_pin_memory` is off. One default differs: `logging_nan_inf_filter` is off.
+    Switched on, it asks the accelerator in every step whether the loss is a number, which stops the host from preparing
+    the next one, and hides from the log that it is not.
 
     Raises:
         ArgumentError: a value is unknown, or sentence-transformers would accept it and do nothing.
@@ -75,4 +77,7 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
                 f"gradient_checkpointing={self.gradient_checkpointing!r} must be True or False here, and means whole "
                 'layers; pass use_gradient_checkpointing="selective" to from_pretrained or get_peft_model.'
             )
+        # Without an accelerator there is nothing to pin memory for, and PyTorch's loaders would warn of it.
+        if default_device().type == "cpu":
+            self.dataloader_pin_memory = False
         super().__post_init__()

@@ -26,6 +26,11 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps after which a checkpoint was saved, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_whole_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run that was written to its end; one cut off in the middle is passed over.
 
@@ -33,7 +38,7 @@ def last_whole_checkpoint(run: Path) -> Path:
         ArgumentError: the run has none.
     """
     numbered = [
-        (int(folder.name.rpartition("-")[2]), folder)
+        (step_of(folder), folder)
         for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if is_checkpoint_name(folder) and is_whole(folder)
     ]

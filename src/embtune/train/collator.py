@@ -57,9 +57,7 @@ class TokenRows(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """All rows of a batch at once; PyTorch's DataLoader calls this."""
-        cells: dict[str, list[Any]] = {
-            name: [column[index] for index in indices] for name, column in self._texts.items()
-        }
+        cells: dict[str, list[Any]] = {name: column.take(indices) for name, column in self._texts.items()}
         if self._rest is not None:
             cells |= self._rest[indices]
         cells["dataset_name"] = [self._dataset_name] * len(indices)

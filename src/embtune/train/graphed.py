@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from embtune.accelerate.graphs import EncoderGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
+from embtune.accelerate.rounding import can_round
 from embtune.accelerate.row_sizes import choose_row_sizes
 from embtune.errors import ArgumentError
 from embtune.packing.row import PREPARED
@@ -41,9 +42,9 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
         return None
     print(f"CUDA graphs: on, for up to {SHAPES} sizes of a batch; each is recorded when it first comes", flush=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return EncoderGraphs(
-        partial(embed_row, model, engine), trained, autocast=autocast, limit=SHAPES, strict=mode == "always"
-    )
+    at_once = autocast is not None and can_round(model[0].model)
+    embed = partial(embed_row, model, engine, rounds_at_once=at_once)
+    return EncoderGraphs(embed, trained, autocast=autocast, limit=SHAPES, strict=mode == "always")
 
 
 def settle_row_sizes(graphs: EncoderGraphs, rows: Dataset[Any], batch: int, steps: int) -> None:

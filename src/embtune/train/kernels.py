@@ -20,6 +20,7 @@ from embtune.models.families import unwrapped
 from embtune.models.fused import fuse_elementwise, unfuse_elementwise
 from embtune.models.fused_prenorm import can_widen
 from embtune.models.modules import transformer_modules
+from embtune.models.shared_input import share_casts, unshare_casts
 from embtune.runtime import package_version, runs_triton
 from embtune.train.compiling import planned_steps
 
@@ -70,6 +71,10 @@ def use_kernels(model: SentenceTransformer, fused: bool, triton: bool) -> None:
             fuse_lora(transformer.model)
         else:
             unfuse_lora(transformer.model)
+        if fused:
+            share_casts(transformer.model)
+        else:
+            unshare_casts(transformer.model)
         if fused and triton:
             fuse_elementwise(transformer.model)
         else:

@@ -1,14 +1,34 @@
 """Batches of several data sets, each gone through as often in an epoch as its weight says."""
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from sentence_transformers.base.sampler import MultiDatasetDefaultBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset
 
+from embtune.errors import ArgumentError
+
 # Samplers that seed themselves by the epoch would draw a repeated pass in the same order as the first.
 _BETWEEN_PASSES = 1_000_003
+
+
+def check_weights(weights: Mapping[str, float] | None, data: object) -> None:
+    """Raise unless each weight is for one of several data sets.
+
+    Raises:
+        ArgumentError: there is one data set only, or none of that name.
+    """
+    if not weights:
+        return
+    if not isinstance(data, Mapping):
+        raise ArgumentError("dataset_weights is for several data sets, and train_dataset is one; leave it out.")
+    for name in weights:
+        if name not in data:
+            near = difflib.get_close_matches(name, data, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(data)}."
+            raise ArgumentError(f"dataset_weights: there is no data set {name!r}; {hint}")
 
 
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):

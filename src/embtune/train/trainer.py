@@ -23,7 +23,6 @@ from embtune.errors import ArgumentError, EmbtuneWarning
 from embtune.losses.services import fall_back_for, takes_one_pass
 from embtune.packing.columns import embed_columns_once, embed_row_once
 from embtune.packing.row import PREPARED
-from embtune.train.accumulation import warn_about_accumulation
 from embtune.train.arguments import SentenceTransformerTrainingArguments
 from embtune.train.checkpoint_folders import TRAINER_STATE_NAME, is_whole, last_whole_checkpoint
 from embtune.train.checkpoints import restore_loss_weights, restore_weights, save_loss_weights
@@ -33,7 +32,8 @@ from embtune.train.kernels import leave_mark, settle_kernels
 from embtune.train.precision import settle_casting, settle_float16
 from embtune.train.prompts import remember_prompts
 from embtune.train.reach import refuse_unreachable
-from embtune.train.sampling import WeightedBatchSampler
+from embtune.train.run_checks import check_run
+from embtune.train.sampling import WeightedBatchSampler, check_weights
 from embtune.train.token_loaders import TokenLoaders, unread_features
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -67,6 +67,8 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             args.prompts = {columns.get(name, name): prompt for name, prompt in args.prompts.items()}
         train_dataset = _with_roles(train_dataset, columns, "train_dataset")
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
+        if train_dataset is not None:
+            check_weights(getattr(args, "dataset_weights", None), train_dataset)
         self._kernels_mark: Path | None = None
         if model is not None and train_dataset is not None:
             settle_float16(model, args)
@@ -143,19 +145,11 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         generator: torch.Generator | None = None,
         seed: int | None = 0,
     ) -> BatchSampler:
-        """As sentence-transformers', or by `dataset_weights` where those are given.
-
-        Raises:
-            ArgumentError: a weight is for a data set that is not there.
-        """
+        """As sentence-transformers', or by `dataset_weights` where those are given."""
         weights = getattr(self.args, "dataset_weights", None)
         if not weights or self._kind_of_loader != "train":
             return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
-        names = list(self.train_dataset)
-        for name in weights:
-            if name not in names:
-                raise ArgumentError(f"dataset_weights: there is no data set {name!r}; there are {', '.join(names)}.")
-        shares = [weights.get(name, 1.0) for name in names]
+        shares = [weights.get(name, 1.0) for name in self.train_dataset]
         return WeightedBatchSampler(dataset, batch_samplers, shares, generator, seed)
 
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
@@ -196,14 +190,11 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         return checkpoint
 
     def _check_data(self) -> None:
-        """Look for what spoils a run; in-memory data only, since a stream can be read once."""
-        if getattr(self.args, "dataset_weights", None) and not isinstance(self.train_dataset, DatasetDict):
-            raise ArgumentError("dataset_weights is for several data sets, and train_dataset is one; leave it out.")
+        """Look for what spoils a run; rows in memory only, since a stream can be read once."""
         if isinstance(self.train_dataset, Dataset | DatasetDict):
             evaluation = self.eval_dataset if isinstance(self.eval_dataset, Dataset | DatasetDict) else None
             check_training_data(self.train_dataset, evaluation, batch_size=self.args.train_batch_size)
-        for loss in self._losses:
-            warn_about_accumulation(self.args.gradient_accumulation_steps, loss)
+        check_run(self)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         model = getattr(self.model, "_orig_mod", self.model)
