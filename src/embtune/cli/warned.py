@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any
 
 from embtune.errors import EmbtuneWarning
 
@@ -15,17 +15,10 @@ def noted_warnings() -> Iterator[Collection[str]]:
     with warnings.catch_warnings():
         show_as_ever = warnings.showwarning
 
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, EmbtuneWarning):
                 noted[str(message)] = None
-            show_as_ever(message, category, filename, lineno, file, line)
+            show_as_ever(message, category, *place, **more)
 
         warnings.showwarning = show
         yield noted.keys()
