@@ -143,9 +143,10 @@ class FastSentenceTransformer(SentenceTransformer):
                 load.set_pooling(model, pooling_mode)
             for transformer in transformer_modules(model):
                 transformer.model = continue_adapter(transformer.model, folder, trainable=not for_inference)
-        length = clamp_length(max_seq_length, transformer_modules(model)[0].config)
-        if length is not None:
-            model.max_seq_length = length
+        for transformer in transformer_modules(model):
+            max_seq_length = clamp_length(max_seq_length, transformer.config)
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
         return model.eval() if for_inference else model
 
     @staticmethod

@@ -17,6 +17,7 @@ import pytest
 from embtune.cli.main import main
 from embtune.report.alive import is_gone, this_process
 from embtune.report.run import read_run
+from embtune.train.checkpoint_folders import step_of
 
 PATIENCE = 120  # seconds for what takes a few on a machine that has nothing else to do
 
@@ -75,7 +76,8 @@ def test_a_run_that_is_killed_while_it_is_watched(
     assert f"To go on from its last checkpoint: embtune train --resume {tmp_path / 'run'}" in state(page)
     assert "<progress" not in page
 
-    saved = max(int(folder.name.rpartition("-")[2]) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    # One that was being written is still there under a hidden name.
+    saved = max(step_of(folder) for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert main(["train", "--resume", str(tmp_path / "run"), "--max-steps", str(saved + 10)]) == 0
     page = watch()
     assert "Killed" not in page

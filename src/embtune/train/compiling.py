@@ -74,11 +74,12 @@ def compile_settings(trainer: "SentenceTransformerTrainer") -> dict[str, Any]:
     """The fields of `CompileEstimate` for what a trainer is about to run."""
     model = trainer.model
     backbones = [transformer.model for transformer in transformer_modules(model)]
+    parameters = [parameter for backbone in backbones for parameter in backbone.parameters()]
     return {
         "device": model.device.type,
         "parameters": sum(layer_parameters(backbone) for backbone in backbones),
         "tokens_per_step": tokens_per_step(trainer),
-        "trainable": "full" if all(parameter.requires_grad for parameter in backbones[0].parameters()) else "lora",
+        "trainable": "full" if all(parameter.requires_grad for parameter in parameters) else "lora",
         "checkpointing": any(recomputes_layers(backbone) for backbone in backbones),
         "dtype": model.dtype,
         "dropout": any(has_dropout(backbone) for backbone in backbones),
