@@ -33,6 +33,7 @@ from embtune.models.engine import Engine, choose_engine
 from embtune.models.families import position_limit, unwrapped
 from embtune.models.heads import keep_heads_in_float32
 from embtune.models.modules import FixedParts, transformer_modules
+from embtune.models.source import Source, adapter_base, local_folder
 from embtune.packing.attention import register as register_attention
 from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
 from embtune.packing.flatten import FLAT, can_flatten, flatten, unflatten
@@ -103,7 +104,7 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         refuse_unknown(unsupported, _parameters(cls.from_pretrained))
         source = _source(model_name, revision, token, cache_dir, local_files_only, trust_remote_code)
-        base = load.adapter_base(source)
+        base = adapter_base(source)
         if full_finetuning and (for_inference or base):
             other = "for_inference" if for_inference else "an adapter folder"
             raise ArgumentError(f"full_finetuning and {other} exclude each other.")
@@ -137,7 +138,7 @@ class FastSentenceTransformer(SentenceTransformer):
         for transformer in transformer_modules(model):
             _prepare(transformer.model, notes)
         if base is not None:
-            folder = load.local_folder(source)
+            folder = local_folder(source)
             load.replace_saved_modules(model, folder, settings.processor_kwargs, trust_remote_code)
             if pooling_mode is not None:
                 load.set_pooling(model, pooling_mode)
@@ -560,7 +561,7 @@ class FastModel:
         """
         refuse_unknown(unsupported, _parameters(FastModel.from_pretrained))
         source = _source(model_name, revision, token, cache_dir, local_files_only, trust_remote_code)
-        base = load.adapter_base(source)
+        base = adapter_base(source)
         if full_finetuning and base:
             raise ArgumentError("full_finetuning and an adapter folder exclude each other.")
         settings, weights = _settings(
@@ -592,7 +593,7 @@ class FastModel:
         if full_finetuning:
             save_verified(backbone)
         if base is not None:
-            folder = load.local_folder(source)
+            folder = local_folder(source)
             saved = load.saved_tokenizer(folder, backbone, settings.processor_kwargs, trust_remote_code)
             tokenizer = saved or tokenizer
             backbone = continue_adapter(backbone, folder, trainable=True)
@@ -683,8 +684,8 @@ def _source(
     cache_dir: str | Path | None,
     local_files_only: bool,
     trust_remote_code: bool,
-) -> load.Source:
-    return load.Source(
+) -> Source:
+    return Source(
         name=str(Path(model_name).expanduser()),
         revision=revision,
         token=token,

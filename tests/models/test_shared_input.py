@@ -54,7 +54,7 @@ def test_nothing_is_kept_when_all_have_read(tiny_dir: TinyDir) -> None:
     trained(model)
     shared = [module.shared for module in model.modules() if isinstance(module, SharedCastLinear)]
     assert shared
-    assert all(each._input is None and not each._outputs for each in shared)
+    assert all(each._held is None for each in shared)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

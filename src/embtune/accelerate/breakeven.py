@@ -201,7 +201,7 @@ def decide(mode: str, *, steps_left: int, device: str = "cpu", **settings: Any) 
         raise ArgumentError(f"compile={mode!r} is not known; use one of {', '.join(MODES)}.")
     if mode == "never":
         return CompileDecision(compile=False, reason='off, as asked (compile="never")', steps_left=steps_left)
-    obstacle = _obstacle(device)
+    obstacle = "the model has no encoder layers" if settings.get("layers") == 0 else _obstacle(device)
     if obstacle is not None:
         if mode == "always":
             raise ArgumentError(f'compile="always" cannot be honoured: {obstacle}. Or use compile="auto".')

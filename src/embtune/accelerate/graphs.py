@@ -67,6 +67,39 @@ class _Recording:
     embeddings: Tensor
     backward: torch.cuda.CUDAGraph
     embeddings_grad: Tensor
+    used: list[int]
+    """Which of the parameters the backward adds a gradient to."""
+
+
+class SharedGradients:
+    """Gradients in memory that stays, to which the backward passes of all graphs add."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._sums = [torch.empty_like(parameter) for parameter in self._parameters]
+
+    def add(self, found: Sequence[Tensor | None]) -> list[int]:
+        """Add gradients, one for each parameter or None, and return which were none of these; a graph records it."""
+        used = [index for index, gradient in enumerate(found) if gradient is not None]
+        torch._foreach_add_([self._sums[index] for index in used], [found[index] for index in used])
+        return used
+
+    def collect(self, replay: Callable[[], None], used: Sequence[int]) -> None:
+        """Replay an `add`, and let the parameters that it returned have what it gives on top of what they have."""
+        stale, strangers = [], []
+        for parameter, sum_ in ((self._parameters[index], self._sums[index]) for index in used):
+            if parameter.grad is sum_:
+                continue
+            stale.append(sum_)
+            if parameter.grad is None:
+                parameter.grad = sum_
+            else:  # of an ordinary backward before this one
+                strangers.append((parameter.grad, sum_))
+        if stale:
+            torch._foreach_zero_(stale)
+        replay()
+        if strangers:
+            torch._foreach_add_([gradient for gradient, _ in strangers], [sum_ for _, sum_ in strangers])
 
 
 class _Ticket:
@@ -103,7 +136,7 @@ class EncoderGraphs:
         self._strict = strict
         self.step = step
         self._recordings: dict[Shape, _Recording] = {}
-        self._sums = [torch.empty_like(parameter) for parameter in self._parameters]
+        self._gradients = SharedGradients(self._parameters)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._ticket: weakref.ref[_Ticket] | None = None
@@ -157,10 +190,9 @@ class EncoderGraphs:
         embeddings_grad = torch.zeros_like(embeddings)
         with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
             found = torch.autograd.grad(embeddings, self._parameters, embeddings_grad, allow_unused=True)
-            used = [(sum_, gradient) for sum_, gradient in zip(self._sums, found, strict=True) if gradient is not None]
             # Added here and not after a replay: so no gradient outlives its graph, and the next one gets its memory.
-            torch._foreach_add_([sum_ for sum_, _ in used], [gradient for _, gradient in used])
-        return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad)
+            used = self._gradients.add(found)
+        return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad, used)
 
     def _pass(self, row: PackedRow, shape: Shape) -> Tensor:
         # Which text a token belongs to follows from the borders, which are the smaller thing to copy for each row.
@@ -170,22 +202,9 @@ class EncoderGraphs:
         with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
             return self._embed(row, shape.max_length)
 
-    def add_gradients(self, backward: torch.cuda.CUDAGraph) -> None:
+    def collect_gradients(self, recording: _Recording) -> None:
         """Replay a backward, and add what it gives to the gradients of the parameters."""
-        stale, strangers = [], []
-        for parameter, sum_ in zip(self._parameters, self._sums, strict=True):
-            if parameter.grad is sum_:
-                continue
-            stale.append(sum_)
-            if parameter.grad is None:
-                parameter.grad = sum_
-            else:  # of an ordinary backward before this one
-                strangers.append((parameter.grad, sum_))
-        if stale:
-            torch._foreach_zero_(stale)
-        backward.replay()
-        if strangers:
-            torch._foreach_add_([gradient for gradient, _ in strangers], [sum_ for _, sum_ in strangers])
+        self._gradients.collect(recording.backward.replay, recording.used)
 
 
 class _Replay(torch.autograd.Function):
@@ -202,7 +221,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         recording = ctx.recording
         recording.embeddings_grad.copy_(gradient)
-        ctx.graphs.add_gradients(recording.backward)
+        ctx.graphs.collect_gradients(recording)
         ctx.ticket = None
         return None, None, None, None
 

@@ -44,7 +44,12 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(_cast(weights, dtype))
+        rounded = _cast(weights, dtype)
+        # Otherwise all of them would have gradients computed, frozen ones too.
+        ctx.mark_non_differentiable(
+            *(copy for copy, trained in zip(rounded, ctx.needs_input_grad[1:], strict=True) if not trained)
+        )
+        return tuple(rounded)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -22,7 +22,7 @@ from embtune.errors import ArgumentError
 from embtune.evaluate.compare import Comparison, compare
 from embtune.evaluate.mteb_tasks import evaluate_mteb, mteb_tasks
 from embtune.evaluate.result import EvaluationResult
-from embtune.models.load import Source, check_there
+from embtune.models.source import Source, check_there
 from embtune.runtime import describe_machine
 
 REGRESSIONS_SHOWN = 5

@@ -25,12 +25,12 @@ class SharedInput:
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.members = list(members)
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        # Both in one attribute: another thread's input never goes with this one's outputs.
+        self._held: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a pickle, of a model has no call under way.
-        return {"members": self.members, "_input": None, "_outputs": {}}
+        return {"members": self.members, "_held": None}
 
     def take(
         self, member: nn.Module, states: Tensor, compute: Callable[[Tensor], Sequence[Tensor] | None]
@@ -42,14 +42,15 @@ class SharedInput:
         place = next((index for index, each in enumerate(self.members) if each is member), None)
         if place is None:  # a replica that nn.DataParallel made
             return None
-        if self._input is not states or place not in self._outputs:
+        held = self._held
+        if held is None or held[0] is not states or place not in held[1]:
             outputs = compute(states)
             if outputs is None:
                 return None
-            self._input, self._outputs = states, dict(enumerate(outputs))
-        output = self._outputs.pop(place)
-        if not self._outputs:
-            self._input = None
+            held = self._held = states, dict(enumerate(outputs))
+        output = held[1].pop(place)
+        if not held[1]:
+            self._held = None
         return output
 
 
