@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModelForFeatureExtraction
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 from tiny import ARCHITECTURES, POSITIONS, TEXTS
 
-from embtune import FastModel, FastSentenceTransformer
+from embtune import (
+    FastModel,
+    FastSentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from embtune.errors import ArgumentError, EmbtuneWarning, ModelError
+from embtune.losses import MultipleNegativesRankingLoss
 from embtune.models.families import FAMILIES
 from embtune.models.load import POOLING_MODES
 
@@ -125,6 +132,35 @@ def test_architecture_without_a_row_loads_trains_and_says_so(tmp_path: Path) -> 
     model = FastSentenceTransformer.get_peft_model(load(tmp_path))
     assert {"query", "key", "value", "dense"} == set(model[0].model.peft_config["default"].target_modules)
     assert "without a row" in model.explain()["architecture"]
+
+
+def test_a_model_without_an_encoder_loads_and_trains(tmp_path: Path) -> None:
+    from tiny import wordpiece
+
+    static = SentenceTransformer(modules=[StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=8)])
+    static.save_pretrained(str(tmp_path / "static"))
+    model = load(tmp_path / "static")
+    assert (model.encode(TEXTS) == static.encode(TEXTS)).all()
+    before = model[0].embedding.weight.detach().clone()
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    pairs = Dataset.from_dict({"anchor": TEXTS[:4], "positive": TEXTS[4:8]})
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss).train()
+    assert not torch.equal(model[0].embedding.weight, before)
+    with pytest.raises(
+        ModelError, match=r"with a Transformer module, not FastSentenceTransformer\['StaticEmbedding'\]"
+    ):
+        FastSentenceTransformer.get_peft_model(model)
+    for arguments in ({"max_seq_length": 16}, {"load_in_4bit": True, "dtype": None}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(arguments))}: this model has no Transformer module"):
+            load(tmp_path / "static", **arguments)
 
 
 def test_a_length_beyond_the_positions_is_clamped_with_one_warning(tiny_dir: TinyDir) -> None:

@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
+from datasets import Column
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import nn
@@ -38,7 +40,7 @@ from embtune.packing.attention import register as register_attention
 from embtune.packing.columns import EMBEDDING_ONLY, is_precomputed
 from embtune.packing.flatten import FLAT, can_flatten, flatten, unflatten
 from embtune.packing.layout import Packing
-from embtune.packing.ragged import UNPADDED, is_ragged, lay_out
+from embtune.packing.listed import LISTED, as_tensors, is_listed, lay_out
 from embtune.packing.row import PREPARED
 from embtune.report.explain import Explanation, explain_model
 from embtune.runtime import compute_dtype
@@ -144,7 +146,11 @@ class FastSentenceTransformer(SentenceTransformer):
                 load.set_pooling(model, pooling_mode)
             for transformer in transformer_modules(model):
                 transformer.model = continue_adapter(transformer.model, folder, trainable=not for_inference)
-        for transformer in transformer_modules(model):
+        transformers = transformer_modules(model)
+        if not transformers and (weights.bits or max_seq_length is not None):
+            asked = f"load_in_{weights.bits}bit" if weights.bits else "max_seq_length"
+            raise ArgumentError(f"{asked}: this model has no Transformer module that it could be for; leave it out.")
+        for transformer in transformers:
             max_seq_length = clamp_length(max_seq_length, transformer.config)
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
@@ -181,9 +187,10 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         refuse_unknown(unsupported, _parameters(FastSentenceTransformer.get_peft_model))
         if not isinstance(model, SentenceTransformer) or not transformer_modules(model):
+            parts = [type(part).__name__ for part in model] if isinstance(model, SentenceTransformer) else ""
             raise ModelError(
-                f"FastSentenceTransformer.get_peft_model needs a SentenceTransformer, not {type(model).__name__}; "
-                "for a bare encoder use FastModel.get_peft_model."
+                "FastSentenceTransformer.get_peft_model needs a SentenceTransformer with a Transformer module, not "
+                f"{type(model).__name__}{parts}; for a bare encoder use FastModel.get_peft_model."
             )
         notes = getattr(model, "load_notes", None)
         if notes is not None and (notes.for_inference or notes.full_finetuning):
@@ -196,25 +203,29 @@ class FastSentenceTransformer(SentenceTransformer):
             transformer.model = _adapt(transformer.model, settings, use_gradient_checkpointing)
         return model
 
-    @functools.wraps(SentenceTransformer.encode)
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """As SentenceTransformer's; on the packed engine plain texts are never padded."""
-        inputs = args[0] if args else kwargs.get("inputs")
-        wanted = "sentence_embedding" if len(args) < 6 else args[5]
-        if (
-            kwargs.get("output_value", wanted) == "sentence_embedding"
-            and kwargs.get("processing_kwargs") is None
-            and self._takes_ragged(inputs)
-        ):
-            kwargs["processing_kwargs"] = UNPADDED
-        return super().encode(*args, **kwargs)
+    if not TYPE_CHECKING:  # where encode has sentence-transformers' own overloads
 
-    def _takes_ragged(self, inputs: object) -> bool:
+        @functools.wraps(SentenceTransformer.encode)
+        def encode(self, *args: Any, **kwargs: Any) -> Any:
+            """As SentenceTransformer's; on the packed engine plain texts become one row before they are moved."""
+            inputs = args[0] if args else kwargs.get("inputs")
+            wanted = "sentence_embedding" if len(args) < 6 else args[5]
+            if (
+                kwargs.get("output_value", wanted) == "sentence_embedding"
+                and kwargs.get("processing_kwargs") is None
+                and self._takes_lists(inputs)
+            ):
+                kwargs["processing_kwargs"] = LISTED
+            return super().encode(*args, **kwargs)
+
+    def _takes_lists(self, inputs: Any) -> bool:
+        if isinstance(inputs, np.ndarray | Column):
+            inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs[:]
         texts = [inputs] if isinstance(inputs, str) else inputs
         return (
-            isinstance(texts, list | tuple)
+            self.packs
+            and isinstance(texts, list | tuple)
             and all(isinstance(text, str) for text in texts)
-            and self.packs
             and why_not_tokenised(self) is None
             and getattr(self[0], "query_expansion", None) is None  # which replaces padding
             and self._compiled_call_impl is None  # compiled for the numbers in a list
@@ -227,8 +238,8 @@ class FastSentenceTransformer(SentenceTransformer):
         """
         if is_precomputed(input):
             return dict(input)  # a copy: Matryoshka losses cut what they are given, and ask again
-        if is_ragged(input):
-            input = self._padded_or_row(input)
+        if is_listed(input):
+            input = self._row_or_padded(input)
         only_embedding = input.pop(EMBEDDING_ONLY, False)
         flattened = self.flatten(input)
         if flattened is None:
@@ -244,13 +255,12 @@ class FastSentenceTransformer(SentenceTransformer):
         input.update({key: value for key, value in row.items() if key not in FLAT})
         return input
 
-    def _padded_or_row(self, ragged: dict[str, Any]) -> dict[str, Any]:
+    def _row_or_padded(self, listed: dict[str, Any]) -> dict[str, Any]:
         tokenizer: Any = self[0].tokenizer
-        row = lay_out(ragged, self.engine.padding_id, "token_type_ids" in tokenizer.model_input_names)
+        row = lay_out(listed, self.engine.padding_id, "token_type_ids" in tokenizer.model_input_names)
         if row is not None and self.packs:
             return {PREPARED: row.to(self.device), EMBEDDING_ONLY: True}
-        padded = tokenizer.pad({"input_ids": ragged["input_ids"]}, return_tensors="pt").to(self.device)
-        return {**ragged, **padded}
+        return as_tensors(listed, self.device)
 
     def flatten(self, features: Mapping[str, Any]) -> tuple[dict[str, Any], Packing] | None:
         """Lay features out as this model's flat row, if they are not one yet; None where they have to stay padded."""

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from embtune.accelerate.graphs import Shape
+from embtune.accelerate.graphs import Shape, SharedGradients
 from embtune.accelerate.recordable import embed_row, why_not_recordable
 from embtune.errors import ArgumentError
 from embtune.losses import MultipleNegativesRankingLoss
@@ -32,6 +32,27 @@ def test_shapes_hold_their_rows(lengths: list[int], step: int) -> None:
     assert len(fillers) == shape.fillers
     assert (fillers >= 1).all()
     assert (fillers <= shape.max_length).all()
+
+
+def test_shared_gradients_are_those_that_autograd_would_leave() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    shared = SharedGradients([used, unused])
+
+    def replay() -> None:
+        shared.add([torch.tensor([1.0, 2.0]), None])
+
+    for _ in range(2):  # steps, each of two batches
+        for batch in (1, 2):
+            shared.collect(replay, [0])
+            assert used.grad.tolist() == [batch, 2 * batch]
+        used.grad = None
+    own = used.grad = torch.tensor([10.0, 10.0])  # of an ordinary backward in between
+    shared.collect(replay, [0])
+    shared.collect(replay, [0])
+    assert used.grad is own
+    assert own.tolist() == [12, 14]
+    # None, which an optimizer leaves alone: a gradient of zeros would decay it.
+    assert unused.grad is None
 
 
 def test_the_recorded_pass_is_the_models_own(tiny_dir: TinyDir) -> None:

@@ -1,6 +1,7 @@
 """A pass whose weights are rounded all at once."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def test_a_pass_is_the_one_under_autocast(model_type: str, tiny_dir: TinyDir) ->
     assert len(found[0]) == len(found[1])
     assert all(map(torch.equal, *found))
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_frozen_weights_get_no_gradient_computed(tiny_dir: TinyDir) -> None:
+    model = load(tiny_dir("bert"), engine="reference")
+    layers = model[0].model.encoder.layer
+    model.requires_grad_(False)
+    layers[-1].requires_grad_(True)
+    features = model.preprocess(["a text"])
+    products = []
+    for embed in (model[0], partial(call_rounded, model[0], torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            states = embed(dict(features))["token_embeddings"]
+        with torch.profiler.profile() as profile:
+            states.float().sum().backward()
+        products.append(sum(event.name in ("aten::mm", "aten::bmm") for event in profile.events()))
+        assert layers[-1].output.dense.weight.grad is not None
+        assert layers[0].output.dense.weight.grad is None
+        model.zero_grad()
+    assert products[0] == products[1] > 0
 
 
 def test_who_is_left_to_autocast(tiny_dir: TinyDir) -> None:

@@ -89,6 +89,29 @@ def test_clustering_and_classification(
     assert EvaluationTask.read("texts.csv", {}, task="clustering").main_metric == "v_measure"
 
 
+def test_classes_may_have_names(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "read", "sort", "hash"
+    for numbered, rows in (("texts.csv", 30), ("probe.csv", 24)):
+        write_labelled(work_dir / numbered, rows)
+        lines = (work_dir / numbered).read_text(encoding="utf-8").splitlines()[1:]
+        named = ["Text,Topic", *(f"{line[:-1]}{names[int(line[-1])]}" for line in lines)]
+        (work_dir / f"named-{numbered}").write_text("\n".join(named) + "\n", encoding="utf-8")
+    found = []
+    for prefix in ("", "named-"):
+        line = ["evaluate", str(tiny_dir("bert")), "--data", f"{prefix}texts.csv", "--task", "classification"]
+        line += ["--train-data", f"{prefix}probe.csv", "--json"]
+        assert main([*line, *(["--columns", "Text=text", "Topic=label"] if prefix else [])]) == 0
+        found.append(json.loads(capsys.readouterr().out)["results"][0]["metrics"])
+    assert found[0] == found[1]
+    with (work_dir / "named-texts.csv").open("a", encoding="utf-8") as file:
+        file.write("a text,cooking\n")
+    columns = {"Text": "text", "Topic": "label"}
+    with pytest.raises(DataError, match=r"named-texts.csv, row 31, .* is of class cooking"):
+        EvaluationTask.read("named-texts.csv", columns, task="classification", train_data="named-probe.csv")
+
+
 def test_wrong_models_are_named_before_any_is_measured(
     work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

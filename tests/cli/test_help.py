@@ -1,4 +1,4 @@
-"""Help is read on a screen: every verb's fits one of 40 lines and 100 columns, and nothing is left out of it."""
+"""Help is read on a screen: every verb's fits one of 40 lines and 80 columns, and nothing is left out of it."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from embtune.cli.main import CONFIGS, main
 from embtune.cli.train_config import TrainConfig
 from embtune.cli.train_details import SECTIONS, TrainDetails
 
-LINES, COLUMNS = 40, 100
+LINES, COLUMNS = 40, 80
 
 Help = Callable[..., str]
 

@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
     "no class number": (
         {"x.csv": LABELLED + b"a,0\nb,0.5\n"},
         "evaluate MODEL --data x.csv --task clustering",
-        ["x.csv, row 2, column 'label' is 0.5", "number of a class"],
+        ["x.csv, row 2, column 'label' is 0.5", "where a class belongs"],
     ),
     "one class": (
         {"x.csv": LABELLED + b"a,1\nb,1\n"},

@@ -217,12 +217,15 @@ def test_a_run_that_ctrl_c_ended_resumes_to_the_same_weights(
     assert "checkpoint-3" in [folder.name for folder in (work_dir / "run" / "checkpoints").iterdir()]
     assert not (work_dir / "run" / "results.json").exists()
     assert read_events(work_dir / "run" / "events.jsonl")[0][-1]["event"] == "interrupted"
+    unfinished = work_dir / "run" / "checkpoints" / ".checkpoint-3.abc_4567"  # what kill -9 may leave
+    unfinished.mkdir()
     # The data is found again from anywhere, and a run that has no step left takes none.
     (work_dir / "elsewhere").mkdir()
     monkeypatch.chdir(work_dir / "elsewhere")
     for _ in range(2):
         assert main(["train", "--resume", str(work_dir / "run")]) == 0
         assert read_json(work_dir / "run" / "results.json")["training"]["steps"] == 6
+    assert not unfinished.exists()
     monkeypatch.chdir(work_dir)
     train(f"{SAME_FLAGS} --output whole")
     resumed, whole = weights(work_dir / "run" / "merged"), weights(work_dir / "whole" / "merged")
@@ -243,7 +246,9 @@ def test_ctrl_c_twice_loses_nothing_saved(work_dir: Path, tiny_dir: Callable[...
     assert said == "Stopped. Saved at step 2. To go on: embtune train --resume run"
 
 
-def test_sigterm_saves_a_checkpoint(work_dir: Path, tiny_dir: Callable[..., Path]) -> None:
+def test_sigterm_saves_a_checkpoint(
+    work_dir: Path, tiny_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = "--data train.jsonl --batch-size 8 --max-steps 100000 --output run"
     command = [
         sys.executable,
@@ -260,6 +265,8 @@ def test_sigterm_saves_a_checkpoint(work_dir: Path, tiny_dir: Callable[..., Path
         for line in process.stdout:
             if line.startswith("step "):
                 break
+        assert main(["train", "--resume", "run"]) == 1
+        assert f"output=run: its run is still going on, in process {process.pid}." in capsys.readouterr().err
         process.send_signal(signal.SIGTERM)
         said = process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM
@@ -319,15 +326,27 @@ def test_an_adapter_takes_no_other_rank(train: Train, work_dir: Path, capsys: py
     assert not (work_dir / "further").exists()
 
 
-def test_own_column_names_for_training_and_evaluation(train: Train, work_dir: Path) -> None:
+def test_own_column_names_for_training_and_evaluation(
+    train: Train, work_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, (anchor, positive) in {"mine": ("frage", "antwort"), "theirs": ("f", "a")}.items():
         rows = [{anchor: f"text {index}", positive: f"answer {index}", "id": index} for index in range(8)]
         (work_dir / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    results = train(
-        "--data mine.json --columns frage=anchor antwort=positive --eval-data theirs.json "
-        "--eval-columns f=anchor a=positive --batch-size 8 --max-steps 1"
-    )
+    mine = "--data mine.json --columns frage=anchor antwort=positive --eval-data theirs.json"
+    for own in ("", "dev.jsonl --eval-columns theirs.f=anchor theirs.antwort=positive"):
+        assert main(["train", "--model", "m", *mine.split(), *own.split()]) == 1
+    said = capsys.readouterr().err
+    assert "theirs.json has the columns 'f', 'a', 'id', not 'frage', 'antwort' as the training data. Say what" in said
+    assert "columns: antwort=positive names a column that is not there" in said
+    results = train(f"{mine} sts.csv --eval-columns theirs.f=anchor theirs.a=positive --batch-size 8 --max-steps 1")
     assert results["evaluations"]["theirs"]["metrics"]["ndcg@10"]["items"] == 8
+    assert "spearman" in results["evaluations"]["sts"]["metrics"]
+    (work_dir / "own.yaml").write_text(
+        "model: m\ndata: mine.json\ncolumns: {frage: anchor, antwort: positive}\n"
+        "eval_data: [theirs.json, sts.csv]\neval_columns: {theirs.f: anchor, theirs.a: positive}\n"
+    )
+    assert main(["check", "own.yaml"]) == 1
+    assert "8 of 8, 100.0%" in capsys.readouterr().out  # all questions are those that theirs.json measures with
 
 
 def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
@@ -350,6 +369,7 @@ def test_a_file_holds_what_flags_hold(work_dir: Path) -> None:
         (TrainConfig, {"data": {}}, "data"),
         (TrainConfig, {"exports": ("merged", "merged")}, "exports"),
         (TrainConfig, {"more": TrainDetails(lora_dropout=1.0)}, "lora_dropout"),
+        (TrainConfig, {"more": TrainDetails(warmup=1.5)}, "warmup"),
         (TrainConfig, {"more": TrainDetails(eval_steps=2, save_steps=3, early_stopping_patience=1)}, "save_steps"),
         (TrainConfig, {"more": TrainDetails(matryoshka_dims=(8, 0))}, "matryoshka_dims"),
         (EvaluateConfig, {"batch_size": 0}, "batch_size"),

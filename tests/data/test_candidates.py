@@ -94,6 +94,20 @@ def test_every_search_gives_one_stable_sort_of_all_pairs(
             assert torch.equal(best.excluded_P, known), (search, chunk)
 
 
+def test_products_of_rounded_factors_name_every_document_that_comes_close(minilm_dir: Path) -> None:
+    model = SentenceTransformer(str(minilm_dir), device="cpu", similarity_fn_name="dot")
+    exact = found(model, "alike", "torch", 40, EXCLUDED)
+    rounded = model.similarity
+    model.__dict__["similarity"] = lambda left, right: rounded(left.bfloat16().float(), right.bfloat16().float())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        best = found(model, "alike", "torch", 40, EXCLUDED)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(best.positions_AN, exact.positions_AN)
+    assert torch.equal(best.scores_AN, exact.scores_AN)
+
+
 def test_places_without_a_document_stay_empty(minilm_dir: Path) -> None:
     pytest.importorskip("faiss")
     model = SentenceTransformer(str(minilm_dir), device="cpu")

@@ -35,6 +35,8 @@ def test_names_that_tell_the_roles(row: dict[str, Any], roles: dict[str, str], u
         ({"antwort": LONG, "frage": "kurz", "nr": "12", "n": 3}, {"frage": "anchor", "antwort": "positive"}),
         ({"title": "t", "question": "Which?", "body": LONG}, {"question": "anchor", "body": "positive"}),
         ({"answer": "yes", "what": LONG, "x": "y"}, {"what": "anchor", "answer": "positive"}),
+        ({"Answer Text": "a", "Question-Text": LONG}, {"Question-Text": "anchor", "Answer Text": "positive"}),
+        ({"q": "short", "pos": LONG, "neg": LONG}, {"q": "anchor", "pos": "positive"}),
         ({"question": "q", "text": LONG}, {"question": "anchor", "text": "positive"}),
         ({"left": LONG, "right": "r", "score": 0.5}, {"left": "sentence1", "right": "sentence2", "score": "score"}),
         ({"body": LONG, "label": "3"}, {"body": "text", "label": "label"}),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from embtune import FastSentenceTransformer
-from embtune.models.shared_input import SharedCastLinear, share_casts, unshare_casts
+from embtune.models.shared_input import SharedCastLinear, SharedInput, share_casts, unshare_casts
 
 TinyDir = Callable[..., Path]
 
@@ -55,6 +55,25 @@ def test_nothing_is_kept_when_all_have_read(tiny_dir: TinyDir) -> None:
     shared = [module.shared for module in model.modules() if isinstance(module, SharedCastLinear)]
     assert shared
     assert all(each._held is None for each in shared)
+
+
+def test_outputs_for_the_input_of_another_thread_are_never_handed_out() -> None:
+    first, second = nn.Identity(), nn.Identity()
+    shared = SharedInput([first, second])
+
+    def multiples(states: torch.Tensor) -> list[torch.Tensor]:
+        return [2 * states, 3 * states]
+
+    theirs, ours = torch.tensor(10.0), torch.tensor(1.0)
+
+    class Old:
+        def __del__(self) -> None:  # in the middle of `take`, as another thread may be
+            shared.take(first, theirs, multiples)
+
+    shared.take(first, Old(), lambda _: [ours, ours])  # type: ignore[arg-type]
+    assert shared.take(first, ours, multiples) == 2
+    assert shared.take(second, theirs, multiples) == 30
+    assert shared.take(second, ours, multiples) == 3
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

@@ -240,7 +240,8 @@ def test_mistakes_on_the_command_line(whole_run: Path, tmp_path: Path, capsys: p
     for arguments, message in (
         ([str(tmp_path / "nothing")], "holds no events.jsonl. Name the folder of a run"),
         ([], "Name at least one run"),
-        ([str(whole_run), "--out", str(tmp_path)], "is a folder; name a file"),
+        ([str(whole_run), "--out", str(tmp_path)], "must end in .html"),
+        ([str(whole_run), "--out", str(whole_run / EVENTS)], "must end in .html, which is what is written"),
         ([str(whole_run), "--out", str(whole_run / EVENTS / "page.html")], "is a file; give a folder"),
     ):
         assert main(["report", *arguments]) != 0

@@ -44,6 +44,16 @@ def test_nothing_is_compiled_on_a_cpu(mode: str, tiny_dir: TinyDir, tmp_path: Pa
     assert fused(model) == (mode != "never")
 
 
+def test_adapters_put_on_a_model_that_was_trained_without_any_are_fused(tiny_dir: TinyDir) -> None:
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cpu", dtype="float32", engine="packed")
+    use_kernels(model, fused=True, triton=True)
+    model = FastSentenceTransformer.get_peft_model(model, r=4)
+    use_kernels(model, fused=True, triton=True)
+    layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    assert layers
+    assert all(layer.is_plain(training=True) for layer in layers)
+
+
 def test_without_triton_adapters_stay_fused_but_of_pre_norm_models_nothing_does(tiny_dir: TinyDir) -> None:
     post_norm, pre_norm = adapted(tiny_dir("bert")), adapted(tiny_dir("modernbert"))
     for model in (post_norm, pre_norm):

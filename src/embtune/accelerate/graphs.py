@@ -79,13 +79,13 @@ class SharedGradients:
         self._sums = [torch.empty_like(parameter) for parameter in self._parameters]
 
     def add(self, found: Sequence[Tensor | None]) -> list[int]:
-        """Add gradients, one for each parameter or None, and return which were none of these; a graph records it."""
-        used = [index for index, gradient in enumerate(found) if gradient is not None]
-        torch._foreach_add_([self._sums[index] for index in used], [found[index] for index in used])
-        return used
+        """Add a gradient for each parameter that has one, and return which have; this is what a graph records."""
+        used = {index: gradient for index, gradient in enumerate(found) if gradient is not None}
+        torch._foreach_add_([self._sums[index] for index in used], list(used.values()))
+        return list(used)
 
     def collect(self, replay: Callable[[], None], used: Sequence[int]) -> None:
-        """Replay an `add`, and let the parameters that it returned have what it gives on top of what they have."""
+        """Replay an `add`, for the parameters that it returned; the others keep the gradient they have, or none."""
         stale, strangers = [], []
         for parameter, sum_ in ((self._parameters[index], self._sums[index]) for index in used):
             if parameter.grad is sum_:
@@ -136,7 +136,7 @@ class EncoderGraphs:
         self._strict = strict
         self.step = step
         self._recordings: dict[Shape, _Recording] = {}
-        self._gradients = SharedGradients(self._parameters)
+        self.gradients = SharedGradients(self._parameters)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._ticket: weakref.ref[_Ticket] | None = None
@@ -191,7 +191,7 @@ class EncoderGraphs:
         with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
             found = torch.autograd.grad(embeddings, self._parameters, embeddings_grad, allow_unused=True)
             # Added here and not after a replay: so no gradient outlives its graph, and the next one gets its memory.
-            used = self._gradients.add(found)
+            used = self.gradients.add(found)
         return _Recording(shape, static, forward, embeddings.detach(), backward, embeddings_grad, used)
 
     def _pass(self, row: PackedRow, shape: Shape) -> Tensor:
@@ -201,10 +201,6 @@ class EncoderGraphs:
         # autocast's cache of cast weights would be recorded as memory that is gone by the time of a replay.
         with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
             return self._embed(row, shape.max_length)
-
-    def collect_gradients(self, recording: _Recording) -> None:
-        """Replay a backward, and add what it gives to the gradients of the parameters."""
-        self._gradients.collect(recording.backward.replay, recording.used)
 
 
 class _Replay(torch.autograd.Function):
@@ -221,7 +217,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         recording = ctx.recording
         recording.embeddings_grad.copy_(gradient)
-        ctx.graphs.collect_gradients(recording)
+        ctx.graphs.gradients.collect(recording.backward.replay, recording.used)
         ctx.ticket = None
         return None, None, None, None
 

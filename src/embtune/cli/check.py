@@ -1,6 +1,6 @@
 """`embtune check`: what is wrong with a file of rows, and a cleaned file where that is asked for."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from embtune.cli.config_file import read_config
 from embtune.cli.data_config import CheckConfig
 from embtune.cli.display import make_console, working
 from embtune.cli.places import is_config
+from embtune.cli.tasks import check_inherited
+from embtune.cli.train_config import TrainConfig
 from embtune.data.cleaning import CHARACTERS, CheckedData, LengthLimit, check_data
 from embtune.data.columns import LABEL_ROLES
 from embtune.data.readers import read_dataset, read_raw
@@ -27,10 +29,18 @@ def run_check(config: CheckConfig, console: Console | None = None) -> int:
         EmbtuneError: the data, the model or an option cannot be used at all; nothing is written then.
     """
     console = console or make_console()
-    if is_config(config.data):
-        return max(run_check(each, console) for each in _in_config(config))
+    if not is_config(config.data):
+        return _check(config, _evaluation(config), console)
+    train = read_config(config.data)
+    if config.out is not None and len(train.data) > 1:
+        raise ArgumentError(f"out={config.out} is one file, and {config.data} names {len(train.data)} data sets.")
+    checks = _each_of(train, config)
+    evaluation = _evaluation(config) if config.eval else _evaluation_of(train, config)
+    return max(_check(each, evaluation, console) for each in checks)
+
+
+def _check(config: CheckConfig, evaluation: Mapping[str, Collection[str]], console: Console) -> int:
     raw = read_raw(config.data)
-    evaluation = {source: _asked(source, config) for source in config.eval}
     lengths = CHARACTERS if config.model is None else _token_limit(config.model, config.max_seq_length)
     with working(console, f"Checking {config.data}"):
         checked = check_data(
@@ -54,33 +64,38 @@ def run_check(config: CheckConfig, console: Console | None = None) -> int:
     return 1 if left else 0
 
 
-def _in_config(config: CheckConfig) -> list[CheckConfig]:
-    """A check of each data set that a config of `train` names, with its columns and evaluation data."""
-    train = read_config(config.data)
-    if config.out is not None and len(train.data) > 1:
-        raise ArgumentError(f"out={config.out} is one file, and {config.data} names {len(train.data)} data sets.")
+def _each_of(train: TrainConfig, config: CheckConfig) -> list[CheckConfig]:
+    """A check of each data set that a config of `train` names, with its columns."""
     return [
-        replace(
-            config,
-            data=source,
-            columns=config.columns or train.columns_of(name),
-            eval=config.eval or tuple(train.eval_data.values()),
-            eval_columns=config.eval_columns or train.more.eval_columns,
-            eval_split=config.eval_split or train.more.eval_split,
-        )
+        replace(config, data=source, columns=config.columns or train.columns_of(name))
         for name, source in train.data.items()
     ]
 
 
-def _asked(source: str, config: CheckConfig) -> Collection[str]:
+def _evaluation(config: CheckConfig) -> dict[str, Collection[str]]:
+    columns = config.eval_columns or config.columns
+    for source in config.eval:
+        if config.columns and not config.eval_columns and Path(source).expanduser().is_file():
+            check_inherited(source, columns)
+    return {source: _asked(source, columns, config.eval_split) for source in config.eval}
+
+
+def _evaluation_of(train: TrainConfig, config: CheckConfig) -> dict[str, Collection[str]]:
+    split = config.eval_split or train.more.eval_split
+    return {
+        source: _asked(source, config.eval_columns or train.eval_columns_of(name), split)
+        for name, source in train.eval_data.items()
+    }
+
+
+def _asked(source: str, columns: Mapping[str, str], split: str | None) -> Collection[str]:
     """The texts that a measurement on `source` asks with: its queries, or every text where none is a query."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return RetrievalData.from_beir(path, config.eval_split or "test").queries.values()
-    split = "train" if path.is_file() else config.eval_split or "train"
-    rows = read_dataset(source, columns=config.eval_columns or config.columns or None, split=split)
-    columns = [name for name in rows.column_names if name not in LABEL_ROLES]
-    return [text for name in (["anchor"] if "anchor" in columns else columns) for text in rows[name]]
+        return RetrievalData.from_beir(path, split or "test").queries.values()
+    rows = read_dataset(source, columns=columns or None, split="train" if path.is_file() else split or "train")
+    texts = [name for name in rows.column_names if name not in LABEL_ROLES]
+    return [text for name in (["anchor"] if "anchor" in texts else texts) for text in rows[name]]
 
 
 def _token_limit(name: str, max_seq_length: int | None) -> LengthLimit:

@@ -17,7 +17,7 @@ from embtune.cli.flags import (
     seconds_of,
     shown,
 )
-from embtune.cli.places import check_overwrite, check_place
+from embtune.cli.places import check_new_file, check_overwrite, check_place
 from embtune.errors import ArgumentError
 
 
@@ -53,7 +53,7 @@ class EvaluateConfig:
     max_seq_length: MaybeInt = None
     """Longest text in tokens; without, each model's own."""
     dtype: Annotated[str, shown("NAME", default=True)] = "float32"
-    """Of the weights; bfloat16 is faster on a GPU, and rounds."""
+    """bfloat16 is faster on a GPU, and rounds."""
     json: Switch = False
     """Print one JSON object instead of tables."""
 
@@ -113,6 +113,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ArgumentError("Name at least one run: the folder that --output of `embtune train` said.")
+        if self.out is not None:
+            check_new_file("--out", self.out, ".html")
 
 
 @dataclass(frozen=True)

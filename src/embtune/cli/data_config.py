@@ -13,14 +13,14 @@ from embtune.errors import ArgumentError
 
 @dataclass(frozen=True)
 class MineConfig:
-    """Find hard negatives for your pairs: texts that a model ranks high although they do not answer."""
+    """Find hard negatives: texts that a model ranks high although they do not answer."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
-    """Pairs: .jsonl .csv .tsv .parquet, or a Hub name; or a config of `train`."""
+    """Pairs: file or Hub name, or a config of `train`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """File to write (.jsonl); it trains as it is."""
     model: MaybeText = None
-    """Model that ranks: folder or Hub name; without, that of the config."""
+    """It ranks: folder or Hub name; without, that of the config."""
     overwrite: Switch = False
     """Replace the file if it is there."""
     corpus: Annotated[str | None, shown("DATA")] = None
@@ -32,9 +32,9 @@ class MineConfig:
     num_negatives: Annotated[int, tyro.conf.arg(metavar="N", aliases=["--negatives"])] = 3
     """Negatives for each row."""
     range_min: Int = 0
-    """Skip this many of the best; positives do not count."""
+    """Skip so many of the best besides positives."""
     range_max: MaybeInt = None
-    """Skip texts from this rank on; without, ten for each negative."""
+    """Skip texts from this rank on; without, ten a negative."""
     min_score: MaybeFloat = None
     """Skip texts of a lower similarity to the anchor."""
     max_score: MaybeFloat = None
@@ -42,19 +42,19 @@ class MineConfig:
     absolute_margin: MaybeFloat = None
     """A negative scores at most the row's positive minus X."""
     relative_margin: Annotated[float | None, shown("X", default=True)] = 0.05
-    """The same, as a share of the positive's score; or None."""
+    """The same, as a share of its score; or None."""
     near_duplicates: Float = 0.8
-    """Skip texts with so much of a positive's words (Jaccard)."""
+    """Skip texts that share so many words with a positive."""
     output_format: Literal["n-tuple", "triplet"] = "n-tuple"
-    """A row for each pair, or for each negative."""
+    """A row for each pair or negative."""
     search: Literal["auto", "torch", "faiss"] = "auto"
-    """What searches; the result is the same. auto is torch."""
+    """The result is the same; auto is torch."""
     batch_size: Int = 64
     """Texts encoded at a time."""
     max_seq_length: MaybeInt = None
     """Longest text in tokens; without, the model's own."""
     dtype: Annotated[str, shown("NAME", default=True)] = "float32"
-    """Of the weights; bfloat16 is faster on a GPU, and rounds."""
+    """bfloat16 is faster on a GPU, and rounds."""
 
     def __post_init__(self) -> None:
         check_new_file("--out", self.out, ".jsonl", self.data, self.corpus)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from embtune.cli.display import working
 from embtune.cli.loss_data import check_columns, check_labels
-from embtune.cli.tasks import EvaluationTask
+from embtune.cli.tasks import EvaluationTask, check_inherited
 from embtune.cli.train_config import TrainConfig
 from embtune.data.checks import check_overlap, check_training_data
 from embtune.data.columns import LABEL_ROLES, ColumnRoles
@@ -106,10 +106,12 @@ def _tasks(config: TrainConfig, console: Console) -> Iterator[tuple[str, Evaluat
     more = config.more
     for name, source in config.eval_data.items():
         with working(console, f"Reading {source}"):
-            kind = more.eval_tasks.get(name, "auto")
+            kind, columns = more.eval_tasks.get(name, "auto"), config.eval_columns_of(name)
+            if columns and not more.eval_columns:
+                check_inherited(source, columns, more.eval_split)
             task = EvaluationTask.read(
                 source,
-                config.eval_columns_of(name),
+                columns,
                 more.eval_split,
                 task=kind,
                 train_data=more.eval_train_data.get(name),

@@ -17,6 +17,7 @@ from embtune.cli.places import check_place
 from embtune.cli.resuming import asks_for_more
 from embtune.errors import ArgumentError
 from embtune.files import read_json, write_json
+from embtune.report.alive import this_process
 from embtune.report.events import EVENTS
 from embtune.report.run import REPORT, read_run
 from embtune.train.checkpoint_folders import PREFIX_CHECKPOINT_DIR, is_whole, last_whole_checkpoint, step_of
@@ -47,15 +48,29 @@ class RunFolder:
         """Raise unless a run can begin, or go on, in the folder.
 
         Raises:
-            ArgumentError: it cannot be written, or holds another run; or there is no checkpoint to go on from.
+            ArgumentError: it cannot be written, holds another run, or one that is still going on; or there is no
+                checkpoint to go on from.
         """
         check_place("output", self.path)
+        self._refuse_running()
         if resume:
             last_whole_checkpoint(self.checkpoints)
         elif self.resumable or (self.path / _RESULTS).exists():
             raise ArgumentError(
                 f"output={self.path} holds an earlier run. Give another folder, or go on with that run by --resume "
                 f"{shlex.quote(str(self.path))}."
+            )
+
+    def _refuse_running(self) -> None:
+        if not (self.path / EVENTS).exists():
+            return
+        run, here = read_run(self.path), this_process()
+        # The run of a process that has ended counts as killed; of other machines nothing is known.
+        alive = run.running and run.process.get("place") == here["place"] and run.process["pid"] != here["pid"]
+        if alive:
+            raise ArgumentError(
+                f"output={self.path}: its run is still going on, in process {run.process['pid']}. Wait for its end, or "
+                f"end it (kill {run.process['pid']} saves a checkpoint first)."
             )
 
     def finished(self, options: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 
 from embtune.data.columns import LABEL_ROLES
-from embtune.data.readers import read_dataset
+from embtune.data.named_classes import read_named_classes
+from embtune.data.readers import read_dataset, read_raw
 from embtune.data.retrieval import RetrievalData
 from embtune.errors import ArgumentError, DataError
 
@@ -25,6 +26,21 @@ _READS = {
 }
 _LABELLED = ("clustering", "classification")
 _MAIN_METRIC = {"sts": "spearman", "clustering": "v_measure", "classification": "accuracy"}
+
+
+def check_inherited(source: str, columns: Mapping[str, str], split: str | None = None) -> None:
+    """Raise unless data to measure on has the columns that were named for the data to train on.
+
+    Raises:
+        DataError: one is not there; the message says where its own are named.
+    """
+    _, first = next(iter(read_raw(source, split=split or "train").rows), (0, {}))
+    missing = ", ".join(repr(name) for name in columns if name not in first)
+    if first and missing:
+        raise DataError(
+            f"{source} has the columns {', '.join(map(repr, first))}, not {missing} as the training data. Say what "
+            "they are with eval_columns (--eval-columns ITS_NAME=ROLE)."
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class EvaluationTask:
                 raise ArgumentError(f"task={task}: {source} is a BEIR folder, which holds queries and documents.")
             found = cls(path.resolve().name, RetrievalData.from_beir(path, split or "test"))
         else:
-            rows = read_dataset(source, columns=columns or None, split=split or "train")
+            rows = _read_rows(source, columns, split or "train")
             kind = _kind(source, rows, task)
             data = RetrievalData.from_pairs(rows) if kind == "retrieval" else rows
             found = cls(path.name if path.exists() else source, data, kind)
@@ -128,10 +144,12 @@ class EvaluationTask:
         if self.kind == "sts":
             columns = self.data["sentence1"], self.data["sentence2"], self.data[_label(self.data)]
             return evaluate_sts(model, *map(list, columns), batch_size=self.batch_size)
-        texts_and_labels = _columns(self.data)
+        texts_and_labels = _columns(self.name, self.data)
         if self.train is None:
             return evaluate_clustering(model, *texts_and_labels, batch_size=self.batch_size)
-        return evaluate_classification(model, *_columns(self.train), *texts_and_labels, batch_size=self.batch_size)
+        return evaluate_classification(
+            model, *_columns(self.name, self.train), *texts_and_labels, batch_size=self.batch_size
+        )
 
     def __str__(self) -> str:
         if isinstance(self.data, RetrievalData):
@@ -144,6 +162,11 @@ class EvaluationTask:
         return (
             f"{self.kind} of {len(self.data):,} texts ({text}) in {classes} classes ({label}) from {self.name}{probe}"
         )
+
+
+def _read_rows(source: str, columns: Mapping[str, str], split: str = "train") -> Dataset:
+    named = read_named_classes(source, columns or None, split)
+    return read_dataset(source, columns=columns or None, split=split) if named is None else named
 
 
 def _kind(source: str, rows: Dataset, task: str) -> str:
@@ -188,7 +211,7 @@ def _labelled(task: EvaluationTask, source: str, columns: Mapping[str, str], tra
             "task=classification needs train_data (of `embtune train`: eval_train_data), labelled texts that its probe "
             "learns from."
         )
-    train = read_dataset(train_data, columns=columns or None)
+    train = _read_rows(train_data, columns)
     _kind(train_data, train, "classification")
     known = set(_classes(train_data, train))
     for number, label in enumerate(classes, 1):
@@ -200,23 +223,24 @@ def _labelled(task: EvaluationTask, source: str, columns: Mapping[str, str], tra
     return replace(task, train=train)
 
 
-def _classes(source: str, rows: Dataset) -> list[int]:
+def _classes(source: str, rows: Dataset) -> list[int | str]:
+    """The class of each text: its name, or its number."""
     label = _label(rows)
     values = rows[label][:]
     for number, value in enumerate(values, 1):
-        if not isinstance(value, int | float) or value != int(value):
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and value != int(value)):
             raise DataError(
-                f"{source}, row {number}, column {label!r} is {value!r} where the number of a class belongs. Number "
-                "the classes 0, 1, 2, …"
+                f"{source}, row {number}, column {label!r} is {value!r} where a class belongs. Give its name or its "
+                "number, a whole one."
             )
     if len(set(values)) < 2:
-        raise DataError(f"{source}, column {label!r}: every text is of class {values[0]:g}; two classes are needed.")
-    return [int(value) for value in values]
+        raise DataError(f"{source}, column {label!r}: every text is of class {values[0]}; two classes are needed.")
+    return [value if isinstance(value, str) else int(value) for value in values]
 
 
-def _columns(rows: Dataset) -> tuple[list[str], list[int]]:
-    text, label = rows.column_names
-    return list(rows[text]), [int(value) for value in rows[label]]
+def _columns(source: str, rows: Dataset) -> tuple[list[str], list[int | str]]:
+    text, _ = rows.column_names
+    return list(rows[text]), _classes(source, rows)
 
 
 def _label(rows: Dataset) -> str | None:

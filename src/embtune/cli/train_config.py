@@ -35,7 +35,7 @@ _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune an embedding model on your pairs, and show what it gained. --help-more shows further options."""
+    """Fine-tune an embedding model, and show what it gained. --help-more says more."""
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """Model to tune: folder, adapter folder or Hub name."""
@@ -46,7 +46,7 @@ class TrainConfig:
     eval_data: Annotated[Sources, shown("DATA…")] = field(default_factory=dict)
     """Held-out pairs, scored sentences, BEIR folders: measured before and after."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("embtune-run")
-    """Folder for the model, checkpoints and results."""
+    """Folder for all that the run leaves."""
     config: Annotated[Path | None, shown("FILE")] = None
     """YAML of these names, paths relative to it; flags win. May stand first."""
     resume: Annotated[Path | None, shown("RUN")] = None
@@ -62,7 +62,7 @@ class TrainConfig:
     max_steps: MaybeInt = None
     """Training steps, instead of epochs."""
     batch_size: Int = 64
-    """Rows in a batch; most losses take negatives from it."""
+    """Rows in a batch, where negatives come from."""
     learning_rate: MaybeFloat = None
     """Peak; without it 2e-4 for adapters, 2e-5 for whole models."""
     max_seq_length: MaybeInt = None
@@ -80,7 +80,7 @@ class TrainConfig:
     exports: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT…")] = ("merged",)
     """What to save: merged, gguf:q8_0, torchao:int8_dynamic, onnx:int8, openvino …"""
     seed: Int = 0
-    """Of the adapters' first weights and the order of rows."""
+    """Of the first weights and the order of rows."""
     more: tyro.conf.OmitArgPrefixes[TrainDetails] = field(default_factory=TrainDetails)
     """The less common options."""
 
@@ -96,6 +96,9 @@ class TrainConfig:
         for name, smallest in least.items():
             if options[name] is not None and not options[name] >= smallest:
                 yield Mistake(f"{name}={options[name]} must be at least {smallest}.", (name,))
+        if self.more.warmup > 1 and self.more.warmup % 1:
+            text = f"warmup={self.more.warmup} is no whole number of steps; below 1 it is their share of all steps."
+            yield Mistake(text, ("warmup",))
         for name in ("epochs", "learning_rate", "lora_alpha"):
             if options[name] is not None and not 0 < options[name] < float("inf"):
                 yield Mistake(f"{name}={options[name]} must be more than 0.", (name,))
@@ -207,22 +210,29 @@ class TrainConfig:
 
     def columns_of(self, name: str) -> Mapping[str, str]:
         """The roles of a data set's columns: those written with its name and a dot, else those without one."""
-        if len(self.data) == 1:
-            return self.columns
-        owners = {key: next((each for each in self.data if key.startswith(f"{each}.")), None) for key in self.columns}
-        own = {key.removeprefix(f"{name}."): role for key, role in self.columns.items() if owners[key] == name}
-        return own or {key: role for key, role in self.columns.items() if owners[key] is None}
+        return _own_columns(name, self.data, self.columns)
 
     def eval_columns_of(self, name: str) -> Mapping[str, str]:
-        """The roles of an evaluation data set's columns; a BEIR folder has its own."""
+        """The roles of an evaluation data set's columns: as of training data, where eval_columns says nothing else."""
         if Path(self.eval_data[name]).expanduser().is_dir():
-            return {}
-        return self.more.eval_columns or self.columns_of(name)
+            return {}  # a BEIR folder has its own
+        if not self.more.eval_columns:
+            return self.columns_of(name)
+        return _own_columns(name, self.eval_data, self.more.eval_columns)
 
     def flat(self) -> dict[str, Any]:
         """Every option of the run by its name, as a config file writes it."""
         options = {**vars(self), **vars(self.more)}
         return {name: value for name, value in options.items() if name not in ("more", *COMMAND_OPTIONS)}
+
+
+def _own_columns(name: str, sources: Mapping[str, str], columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Of several data sets: what is written with the name of this one and a dot, else what is written without one."""
+    if len(sources) == 1:
+        return columns
+    owners = {key: next((each for each in sources if key.startswith(f"{each}.")), None) for key in columns}
+    own = {key.removeprefix(f"{name}."): role for key, role in columns.items() if owners[key] == name}
+    return own or {key: role for key, role in columns.items() if owners[key] is None}
 
 
 def _strangers(option: str, given: Mapping[str, Any], owner: str, known: Mapping[str, str]) -> Iterator[Mistake]:

@@ -35,7 +35,7 @@ class EvaluationOptions:
     """What is measured before, while and after training, and which model is kept."""
 
     eval_columns: Pairs = field(default_factory=dict)
-    """Roles of the evaluation data's columns, where they differ from --columns."""
+    """Roles of the evaluation data's columns, where they differ from --columns; of one of several: NAME.ask=anchor."""
     eval_split: MaybeText = None
     """Split of the evaluation data: BEIR folder (test) or Hub (train)."""
     eval_tasks: Pairs = field(default_factory=dict)

@@ -38,7 +38,7 @@ from embtune.report.events import EventLog
 from embtune.report.lengths import measure_lengths
 from embtune.report.page import write_report
 from embtune.runtime import describe_machine
-from embtune.train.checkpoint_folders import last_whole_checkpoint, step_of
+from embtune.train.checkpoint_folders import last_whole_checkpoint, remove_unfinished, step_of
 from embtune.train.compiling import compile_settings, tokens_per_step
 from embtune.train.estimate import estimate_run
 from embtune.train.run_checks import check_run
@@ -124,6 +124,7 @@ def _train(
     model, loss = _prepare(config, console, log)
     checkpoint = last_whole_checkpoint(run.checkpoints) if config.resume is not None else None
     if checkpoint is not None:
+        remove_unfinished(run.checkpoints)
         _show_changes(run, settings["config"], step_of(checkpoint), console)
     ready_prompts(config, model, data, console)
     evaluator = TaskEvaluator(data.tasks, console, log) if config.more.eval_steps else None

@@ -22,6 +22,8 @@ Search: TypeAlias = Literal["auto", "torch", "faiss"]
 SEARCHES = ("auto", "torch", "faiss")
 
 _PAIRS_AT_ONCE = 2**10  # what fits into a processor's cache; 2**14 takes 15 times as long
+# What a product may be wrong by where PyTorch was told to cut its two factors to 10 or 7 bits behind the first.
+_CUT_FACTORS = {"tf32": 2**-9, "bf16": 2**-6}
 _FAISS_SPARE = 16  # candidates beyond N, for documents that are excluded or close to the N-th
 
 
@@ -200,6 +202,8 @@ class _Block:
         """By how much a product of matrices in float32 may be wrong for each anchor: about E units of rounding, times
         the lengths of both vectors (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1)."""
         units = (anchors_RE.shape[1] + 8) * torch.finfo(torch.float32).eps / 2
+        backend = torch.backends.cuda if anchors_RE.is_cuda else torch.backends.mkldnn
+        units += _CUT_FACTORS.get(backend.matmul.fp32_precision, 0)
         return units * self._longest * anchors_RE.norm(dim=1)
 
     def similarity(self, anchors_AE: torch.Tensor, anchor_P: torch.Tensor, document_P: torch.Tensor) -> torch.Tensor:

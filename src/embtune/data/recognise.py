@@ -1,5 +1,6 @@
 """Which columns of unknown data could play which role: by their names, else a guess that a person has to confirm."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ class RecognisedColumns:
 def recognise_columns(rows: Sequence[Mapping[str, Any]], source: str) -> RecognisedColumns:
     """Find the roles of columns.
 
-    Names decide where they say enough for a layout that can be trained on. Else it is a guess by content: of two
-    columns of text the one with the shorter texts is the anchor; beside a label they are sentence1 and sentence2, and
-    a single one is the text. A label that is no number is not used, nor one beside three texts and more, where it
-    could mean several things.
+    Names decide where they say enough for a layout that can be trained on. Else it is a guess by words of the names and
+    by content: of two columns of text that say nothing the one with the shorter texts is the anchor; beside a label
+    they are sentence1 and sentence2, and a single one is the text. A label that is no number is not used, nor one
+    beside three texts and more, where it could mean several things.
 
     Args:
         rows: a sample of the data, cells unchecked.
@@ -63,7 +64,7 @@ def _guess(
     texts = sorted((name for name, length in lengths.items() if length), key=lambda name: lengths[name])
     label = next((name for name, role in known.items() if role in LABEL_ROLES), None)
     if len(texts) >= 2:
-        first, second = _two(texts, known)
+        first, second = _two(texts, {name: known.get(name) or _hint(name) for name in texts})
         if label is None:
             return {first: "anchor", second: "positive"}
         in_order = sorted((first, second), key=list(names).index)
@@ -76,11 +77,19 @@ def _guess(
     )
 
 
-def _two(texts: Sequence[str], known: Mapping[str, str]) -> tuple[str, str]:
+def _hint(name: str) -> str | None:
+    """The role that one word of a column's name says (`"Question text"` -> anchor), if no other says anything else."""
+    said = {role_of(word) for word in re.findall(r"[^\W\d_]+", name)} & {"anchor", "positive"}
+    return said.pop() if len(said) == 1 else None
+
+
+def _two(texts: Sequence[str], known: Mapping[str, str | None]) -> tuple[str, str]:
     """Anchor and positive among columns sorted by length: what a name says, else the two with the longest texts."""
     anchor = next((name for name in texts if known.get(name) == "anchor"), None)
     positive = next((name for name in texts if known.get(name) == "positive" and name != anchor), None)
     others = [name for name in texts if name not in (anchor, positive)]
+    # The best is at the end; a text that is said to be wrong is the last to be taken.
+    others.sort(key=lambda name: not (known.get(name) or "").startswith("negative"))
     if positive is None:
         positive = others.pop()
     return anchor or others.pop(), positive

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from embtune.data.token_cache import ROWS, TokenCache, TokenColumn, record_batch
 from embtune.errors import EmbtuneWarning
-from embtune.packing.ragged import UNPADDED
 
 MIN_ROWS = 1_000
 """Columns with fewer texts are tokenised in less time than a file is worth."""
@@ -27,6 +26,10 @@ _LONG = 100_000
 _VERSION = 1
 # Their releases may cut texts differently.
 _PACKAGES = ("tokenizers", "transformers", "sentence-transformers")
+_UNPADDED: dict[str, dict[str, Any]] = {
+    "text": {"padding": False, "return_attention_mask": False, "return_token_type_ids": False},
+    "common": {"return_tensors": None},
+}
 
 
 def why_not_tokenised(model: SentenceTransformer) -> str | None:
@@ -119,7 +122,7 @@ class ColumnTokeniser:
         if len(texts) >= _LONG:
             self._say(f"token ids: tokenising {len(texts):,} texts …")
         for batch in _parts(texts):
-            yield record_batch(self.model.preprocess(batch, **asked, processing_kwargs=UNPADDED)["input_ids"])
+            yield record_batch(self.model.preprocess(batch, **asked, processing_kwargs=_UNPADDED)["input_ids"])
 
     def _settings(self, asked: Mapping[str, Any]) -> str | None:
         """All that the ids depend on beside the texts; None for a tokenizer whose state cannot be read as JSON."""

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 
+import sentence_transformers
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
@@ -35,6 +36,7 @@ ENGINES = ("auto", "packed", "reference")
 
 # Behind the encoder: what looks at one token or one embedding at a time, and pooling, which knows a flat row.
 _PROVEN_MODULES = frozenset({Dense, Dropout, LayerNorm, Normalize, Pooling, WeightedLayerPooling})
+_CLS_OF_PROMPT = tuple(map(int, sentence_transformers.__version__.split(".")[:2])) < (6, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,17 @@ def _obstacle(model: SentenceTransformer, attn_implementation: str | None) -> st
 
 def unproven_module(model: SentenceTransformer) -> str | None:
     """The module behind the encoder that keeps a model from being packed (CNN reads across texts), or None."""
-    unproven = [type(module).__name__ for module in list(model)[1:] if type(module) not in _PROVEN_MODULES]
-    return f"its {unproven[0]} module may read across texts" if unproven else None
+    for module in list(model)[1:]:
+        if type(module) not in _PROVEN_MODULES:
+            return f"its {type(module).__name__} module may read across texts"
+        if (
+            _CLS_OF_PROMPT
+            and isinstance(module, Pooling)
+            and "cls" in module.pooling_mode
+            and not module.include_prompt
+        ):
+            return "sentence-transformers before 6.2 pools a flat row by its first token, be that the prompt's or not"
+    return None
 
 
 def _slower(model: SentenceTransformer) -> str | None:

@@ -189,7 +189,7 @@ def _about_failure(source: Source, reason: str) -> str:
     path = Path(source.name)
     if path.is_dir():
         return (
-            f"The model {source.described} could not be loaded from this folder: {reason} "
+            f"The model {source.described} could not be loaded from this folder: {reason.rstrip('.')}. "
             "Check the path; or make the folder anew, by the export or download that it came from."
         )
     remedy = source.about_base or (
@@ -200,7 +200,7 @@ def _about_failure(source: Source, reason: str) -> str:
             f"{source.described}: there is no such folder, and no model of that name could be loaded from the Hub "
             f"({reason.rstrip('.')}). {_near(path)}{remedy}"
         )
-    return f"The model {source.described} could not be loaded from this Hub repository: {reason} {remedy}"
+    return f"The model {source.described} could not be loaded from this Hub repository: {reason.rstrip('.')}. {remedy}"
 
 
 def _near(path: Path) -> str:

@@ -1,6 +1,8 @@
 """The Trainer's checkpoint folders: their names, and which were written to their end."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 from embtune.errors import ArgumentError
@@ -9,6 +11,10 @@ from embtune.files import read_json
 # As transformers calls them; not imported from there, because a command can then refuse a folder at once.
 PREFIX_CHECKPOINT_DIR = "checkpoint"
 TRAINER_STATE_NAME = "trainer_state.json"
+# As `files.atomic_folder` calls a checkpoint, and what is saved into it, before it is whole.
+_UNFINISHED = re.compile(
+    rf"\.{PREFIX_CHECKPOINT_DIR}-\d+\.(?!previous)\w{{8}}|\.\.{PREFIX_CHECKPOINT_DIR}-\d+\.\w{{8}}\.\w{{8}}"
+)
 
 
 def is_checkpoint_name(folder: str | Path) -> bool:
@@ -47,3 +53,10 @@ def last_whole_checkpoint(run: Path) -> Path:
             f"There is nothing to resume: {run} holds no whole checkpoint. Start a new run in another folder."
         )
     return max(numbered)[1]
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a process that was killed while it saved a checkpoint has left; no other may be saving one."""
+    for folder in run.glob(f".*{PREFIX_CHECKPOINT_DIR}-*"):
+        if _UNFINISHED.fullmatch(folder.name):
+            shutil.rmtree(folder)

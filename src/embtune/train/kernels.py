@@ -66,6 +66,7 @@ def use_kernels(model: SentenceTransformer, fused: bool, triton: bool) -> None:
     if isinstance(engine, Engine):
         model.engine = replace(engine, triton=triton)
     for transformer in transformer_modules(model):
+        unshare_casts(transformer.model)  # of layers, too, around which adapters were put since
         # In half precision a pre-norm model needs Triton's kernels for its residual stream, or autocast with all else.
         if fused and (triton or not can_widen(transformer.model)):
             fuse_lora(transformer.model)
@@ -73,8 +74,6 @@ def use_kernels(model: SentenceTransformer, fused: bool, triton: bool) -> None:
             unfuse_lora(transformer.model)
         if fused:
             share_casts(transformer.model)
-        else:
-            unshare_casts(transformer.model)
         if fused and triton:
             fuse_elementwise(transformer.model)
         else:
