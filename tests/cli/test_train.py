@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as all_losses
 from torch import nn
 
+from embtune import runtime
 from embtune.api import FastSentenceTransformer
 from embtune.cli.config import EvaluateConfig, ExportConfig
 from embtune.cli.config_file import read_config
@@ -28,7 +29,7 @@ from embtune.cli.main import main
 from embtune.cli.places import DATA_ENDINGS
 from embtune.cli.tasks import EvaluationTask
 from embtune.cli.train import run_train
-from embtune.cli.train_config import TrainConfig
+from embtune.cli.train_config import DTYPES, TrainConfig
 from embtune.cli.train_details import TrainDetails
 from embtune.data.formats import READERS
 from embtune.errors import ArgumentError
@@ -540,3 +541,4 @@ def test_names_that_are_not_imported_are_those_of_the_libraries() -> None:
     assert checkpoint_folders.PREFIX_CHECKPOINT_DIR == transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
     assert checkpoint_folders.TRAINER_STATE_NAME == transformers.trainer.TRAINER_STATE_NAME
     assert set(DATA_ENDINGS) == set(READERS)
+    assert set(DTYPES) == set(runtime.DTYPES)

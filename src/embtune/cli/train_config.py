@@ -17,6 +17,9 @@ from embtune.errors import ArgumentError
 COMMAND_OPTIONS = ("config", "resume", "dry_run", "quiet", "json")
 """Options that say nothing about the run itself; no config file has them."""
 
+DTYPES = ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32")
+"""The keys of `embtune.runtime.DTYPES`, which imports torch."""
+
 _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "model_args": {"random_state": "seed", "use_gradient_checkpointing": "gradient_checkpointing"}
     | {name: name for name in ("max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "full_finetuning")}
@@ -158,6 +161,8 @@ class TrainConfig:
         for option in ("eval_tasks", "eval_train_data"):
             yield from _strangers(option, getattr(self.more, option), "eval_data", self.eval_data)
         yield from self._about_tasks()
+        if self.more.dtype is not None and self.more.dtype.removeprefix("torch.").lower() not in DTYPES:
+            yield Mistake(f"dtype={self.more.dtype} is not known; use one of {', '.join(DTYPES)} or None.", ("dtype",))
         for name in self.more.losses:
             if not isinstance(self.more.loss_args.get(name, {}), Mapping):
                 text = f"loss_args: {name} has a loss of its own; write its arguments as {name}: {{argument: value}}."
