@@ -208,24 +208,23 @@ class FastSentenceTransformer(SentenceTransformer):
         @functools.wraps(SentenceTransformer.encode)
         def encode(self, *args: Any, **kwargs: Any) -> Any:
             """As SentenceTransformer's; on the packed engine plain texts become one row before they are moved."""
-            inputs = args[0] if args else kwargs.get("inputs")
             wanted = "sentence_embedding" if len(args) < 6 else args[5]
             if (
                 kwargs.get("output_value", wanted) == "sentence_embedding"
                 and kwargs.get("processing_kwargs") is None
-                and self._takes_lists(inputs)
+                and self._takes_lists()
             ):
-                kwargs["processing_kwargs"] = LISTED
+                inputs = args[0] if args else kwargs.get("inputs")
+                if isinstance(inputs, Column):  # read once: it is a list from here on, which it would become later
+                    inputs = inputs[:]
+                    args, kwargs = ((inputs, *args[1:]), kwargs) if args else (args, {**kwargs, "inputs": inputs})
+                if _are_texts(inputs):
+                    kwargs["processing_kwargs"] = LISTED
             return super().encode(*args, **kwargs)
 
-    def _takes_lists(self, inputs: Any) -> bool:
-        if isinstance(inputs, np.ndarray | Column):
-            inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs[:]
-        texts = [inputs] if isinstance(inputs, str) else inputs
+    def _takes_lists(self) -> bool:
         return (
             self.packs
-            and isinstance(texts, list | tuple)
-            and all(isinstance(text, str) for text in texts)
             and why_not_tokenised(self) is None
             and getattr(self[0], "query_expansion", None) is None  # which replaces padding
             and self._compiled_call_impl is None  # compiled for the numbers in a list
@@ -726,6 +725,11 @@ def _settings(
     )
     quantization = quantization_config(weights.bits, place, weights.dtype) if weights.bits else None
     return load.Settings(dtype=weights.dtype, device=place, quantization=quantization, **others), weights
+
+
+def _are_texts(inputs: Any) -> bool:
+    texts = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
+    return isinstance(texts, str) or (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts))
 
 
 def _prepare(backbone: PreTrainedModel, notes: LoadNotes) -> None:

@@ -144,12 +144,10 @@ class EvaluationTask:
         if self.kind == "sts":
             columns = self.data["sentence1"], self.data["sentence2"], self.data[_label(self.data)]
             return evaluate_sts(model, *map(list, columns), batch_size=self.batch_size)
-        texts_and_labels = _columns(self.name, self.data)
+        texts_and_labels = _columns(self.data)
         if self.train is None:
             return evaluate_clustering(model, *texts_and_labels, batch_size=self.batch_size)
-        return evaluate_classification(
-            model, *_columns(self.name, self.train), *texts_and_labels, batch_size=self.batch_size
-        )
+        return evaluate_classification(model, *_columns(self.train), *texts_and_labels, batch_size=self.batch_size)
 
     def __str__(self) -> str:
         if isinstance(self.data, RetrievalData):
@@ -235,12 +233,16 @@ def _classes(source: str, rows: Dataset) -> list[int | str]:
             )
     if len(set(values)) < 2:
         raise DataError(f"{source}, column {label!r}: every text is of class {values[0]}; two classes are needed.")
-    return [value if isinstance(value, str) else int(value) for value in values]
+    return list(map(_class, values))
 
 
-def _columns(source: str, rows: Dataset) -> tuple[list[str], list[int | str]]:
-    text, _ = rows.column_names
-    return list(rows[text]), _classes(source, rows)
+def _class(value: str | float) -> int | str:
+    return value if isinstance(value, str) else int(value)
+
+
+def _columns(rows: Dataset) -> tuple[list[str], list[int | str]]:
+    text, label = rows.column_names
+    return list(rows[text]), list(map(_class, rows[label]))
 
 
 def _label(rows: Dataset) -> str | None:

@@ -1,6 +1,7 @@
 """Labelled texts whose classes have names; everywhere else a label is a number."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -22,17 +23,24 @@ def read_named_classes(source: str | Path, columns: Mapping[str, str] | None, sp
     Raises:
         ArgumentError, DataError: as `read_dataset`.
     """
-    numbered = list(read_raw(source, split=split).rows)
-    roles = {role: name for name in (numbered[0][1] if numbered else ()) if (role := _role(name, columns)) is not None}
+    rows = (row for _, row in read_raw(source, split=split).rows)
+    first = next(rows, {})
+    roles = {role: name for name in first if (role := _role(name, columns)) is not None}
     if "label" not in roles or not any(role in roles for role in _TEXT_ROLES) or len(roles) != 2:
         return None
     label = roles.pop("label")
-    names = [str(row[label]).strip() for _, row in numbered if is_text(row.get(label))]
-    if len(names) < len(numbered) or all(is_label(parse_number(name)) for name in names):
-        return None
     [(role, text)] = roles.items()
+    names, cells = [], []
+    for row in chain([first], rows):
+        name = row.get(label)
+        if not is_text(name):
+            return None
+        names.append(str(name).strip())
+        cells.append(row.get(text))
+    if all(is_label(parse_number(name)) for name in names):
+        return None
     try:
-        texts = read_dataset(Dataset.from_dict({role: [row.get(text) for _, row in numbered]}))
+        texts = read_dataset(Dataset.from_dict({role: cells}))
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return texts.add_column("label", names)

@@ -46,8 +46,7 @@ def check_run(trainer: "SentenceTransformerTrainer") -> None:
     args, data = trainer.args, trainer.train_dataset
     parts = dict(data) if isinstance(data, Mapping) else {"": data}
     losses = trainer.loss if isinstance(trainer.loss, dict) else dict.fromkeys(parts, trainer.loss)
-    for loss in {id(loss): loss for loss in losses.values()}.values():
-        warn_about_accumulation(args.gradient_accumulation_steps, loss)
+    warn_about_accumulation(args.gradient_accumulation_steps, trainer.loss)
     check_rows_of_batch(parts, losses, args)
     for name, part in parts.items():
         check_lengths(trainer.model, name, part, args.prompts)
