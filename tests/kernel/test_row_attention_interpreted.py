@@ -74,6 +74,19 @@ def test_a_frozen_bias_gets_no_gradient() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.usefixtures("nan_scratch")
+def test_a_bias_may_be_a_view_of_another_order() -> None:
+    # MPNet's is: an embedding of each distance, transposed.
+    inputs = CASES["bias"].inputs(LENGTHS, DEVICE, torch.float32)
+    table = inputs.pop("bias_HR").detach()
+    found = []
+    for bias in (table.clone(), table.T.contiguous().T):
+        row_attention(**inputs, bias_HR=bias.requires_grad_()).square().sum().backward()
+        found.append(bias.grad)
+    assert not bias.is_contiguous()
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("seed", [0, 7, -3, 2**40 + 1])
 def test_the_twin_drops_the_same_weights(seed: int) -> None:
     # With values that are the unit vectors, the output is the weights themselves.

@@ -191,7 +191,8 @@ def _gradients(
     _grad: Tensor, _out: Tensor, _lse: Tensor, with_bias: bool, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # An operator cannot return None: without a gradient of the bias, an empty tensor takes its place.
-    bias_grad = torch.empty_like(others[2]) if with_bias else q.new_empty(0)
+    # Contiguous, as the kernel writes it: the bias may be a view of another order.
+    bias_grad = others[2].new_empty(others[2].shape) if with_bias else q.new_empty(0)
     return *(states.new_empty(states.shape) for states in (q, k, v)), bias_grad
 
 
