@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtune.accelerate.recording import record
 from embtune.accelerate.row_sizes import UNKNOWN
 from embtune.errors import EmbtuneWarning
 from embtune.packing.attention import TILES_LENGTH
@@ -133,12 +134,12 @@ class EncoderGraphs:
         self._parameters = list(parameters)
         self._autocast = autocast
         self._limit = limit
-        self._strict = strict
+        self.strict = strict
         self.step = step
         self._recordings: dict[Shape, _Recording] = {}
         self.gradients = SharedGradients(self._parameters)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()
         self._ticket: weakref.ref[_Ticket] | None = None
 
     @property
@@ -162,7 +163,7 @@ class EncoderGraphs:
                 with torch.random.fork_rng([row.tokens_3T.device]):
                     self._recordings[shape] = self._record(row, shape)
             except RuntimeError as error:
-                if self._strict:
+                if self.strict:
                     raise
                 self._limit = 0
                 warnings.warn(f"CUDA graphs: off for further sizes, because {error}", EmbtuneWarning, stacklevel=2)
@@ -175,20 +176,20 @@ class EncoderGraphs:
 
     def _record(self, row: PackedRow, shape: Shape) -> _Recording:
         static = _static_row(row, shape)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(1 if self._recordings else _WARM_UP):
                 embeddings = self._pass(static, shape)
                 torch.autograd.grad(embeddings, self._parameters, torch.zeros_like(embeddings), allow_unused=True)
             del embeddings
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         # What the warm-up leaves in the allocator's cache would stand beside the graphs' own memory.
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, stream=self._stream):
+        with record(forward, self._pool, self.stream):
             embeddings = self._pass(static, shape)
         embeddings_grad = torch.zeros_like(embeddings)
-        with torch.cuda.graph(backward, pool=self._pool, stream=self._stream):
+        with record(backward, self._pool, self.stream):
             found = torch.autograd.grad(embeddings, self._parameters, embeddings_grad, allow_unused=True)
             # Added here and not after a replay: so no gradient outlives its graph, and the next one gets its memory.
             used = self.gradients.add(found)

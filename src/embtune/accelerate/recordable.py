@@ -7,9 +7,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from embtune.accelerate.rounding import call_rounded
 from embtune.models.checkpointing import recomputes_layers
 from embtune.models.engine import Engine
+from embtune.models.rounded_linear import rounded_at_once
 from embtune.packing.layout import bounds_mask, flash_mask
 from embtune.packing.pool import POOLING_MODES, pool
 from embtune.packing.row import PackedRow
@@ -55,7 +55,7 @@ def embed_row(
     The model's modules run as they are, but for pooling: sentence-transformers 6.0's asks how many texts there are.
 
     Args:
-        rounds_at_once: whether to round the encoder's weights before autocast does, where `can_round` allows it.
+        rounds_at_once: whether autocast is on, and weights of `RoundedLinear` layers are to be rounded before the pass.
     """
     features: dict[str, Any] = row.features()
     device = row.tokens_3T.device
@@ -66,7 +66,8 @@ def embed_row(
         features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
     for place, module in enumerate(model):
         if place == 0 and rounds_at_once:
-            features = call_rounded(module, dtype, features)
+            with rounded_at_once(module.model, dtype):
+                features = module(features)
         elif isinstance(module, Pooling):
             states_TC = features["token_embeddings"].squeeze(0)
             features["sentence_embedding"] = pool(states_TC, row.cu_seqlens, row.tokens_3T[2], module.pooling_mode)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embtune.kernels.rounded import product
+
 
 @dataclass(frozen=True)
 class LowRankLinear:
@@ -94,17 +96,10 @@ class _LowRankLinears(torch.autograd.Function):
             x_grad = up_TR @ scaled_a_RC
             for grad_TD, weight_DC in zip(grads, weights, strict=True):
                 x_grad.addmm_(grad_TD, weight_DC)
-        a_grads = _product(up_TR.T, x_TC).split(ranks)
+        a_grads = product(up_TR.T, x_TC).split(ranks)
         found: list[Tensor | None] = []
         for index, (grad_TD, low_Tr) in enumerate(zip(grads, low_TR.split(ranks, dim=1), strict=True)):
             a_dtype, b_dtype = ctx.adapter_dtypes[index]
             a_grad = (a_grads[index] * ctx.scalings[index]).to(a_dtype)
-            found += [None, None, a_grad, _product(grad_TD.T, low_Tr).to(b_dtype)]
+            found += [None, None, a_grad, product(grad_TD.T, low_Tr).to(b_dtype)]
         return x_grad, None, *found
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in float32 where the device can leave its float32 sums unrounded."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right

@@ -6,7 +6,6 @@ The first computes for all of them, and keeps what the others have not asked for
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 SIBLINGS = (
@@ -30,7 +29,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a pickle, of a model has no call under way.
-        return {"members": self.members, "_held": None}
+        return {**vars(self), "_held": None}
 
     def take(
         self, member: nn.Module, states: Tensor, compute: Callable[[Tensor], Sequence[Tensor] | None]
@@ -52,68 +51,3 @@ class SharedInput:
         if not held[1]:
             self._held = None
         return output
-
-
-class SharedCastLinear(nn.Linear):
-    """One of several linear layers whose common float32 input autocast would round for each anew."""
-
-    shared: SharedInput
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., C] to [..., D], as `nn.Linear`."""
-        rounded = None
-        if _is_rounded_by_autocast(input):
-            rounded = self.shared.take(self, input, self._round)
-        return super().forward(input if rounded is None else rounded)
-
-    def _round(self, states: Tensor) -> tuple[Tensor, ...]:
-        return _CastOnce.apply(states, torch.get_autocast_dtype(states.device.type), len(self.shared.members))
-
-
-def _is_rounded_by_autocast(states: Tensor) -> bool:
-    # Compiled or traced code cannot follow outputs kept for later.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return states.dtype == torch.float32 and not traced and torch.is_autocast_enabled(states.device.type)
-
-
-class _CastOnce(torch.autograd.Function):
-    """The same states for several readers, rounded once; their gradients are added in float32, as without sharing."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:  # noqa: ARG004
-        rounded = states.to(dtype)
-        return tuple(rounded.detach() for _ in range(count))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, first: Tensor, *others: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
-        total = first.float()
-        for gradient in others:
-            total.add_(gradient)
-        return total, None, None
-
-
-def share_casts(backbone: nn.Module) -> list[str]:
-    """Let sibling linear layers of a backbone round a float32 input once under autocast; returns the layers changed.
-
-    Layers of other classes, adapters and quantised ones among them, are left as they are.
-    """
-    changed = []
-    for parent, module in backbone.named_modules():
-        for names in SIBLINGS:
-            members: list[Any] = [getattr(module, name, None) for name in names]
-            if all(type(member) is nn.Linear and "forward" not in vars(member) for member in members):
-                shared = SharedInput(members)
-                for member in members:
-                    member.__class__ = SharedCastLinear
-                    member.shared = shared
-                changed += [f"{parent}.{name}" for name in names]
-    return changed
-
-
-def unshare_casts(backbone: nn.Module) -> None:
-    """Give the layers their own class back."""
-    for module in backbone.modules():
-        if type(module) is SharedCastLinear:
-            del module.shared
-            module.__class__ = nn.Linear

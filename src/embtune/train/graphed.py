@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 from embtune.accelerate.graphs import EncoderGraphs
+from embtune.accelerate.loss_graphs import LossGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
-from embtune.accelerate.rounding import can_round
 from embtune.accelerate.row_sizes import choose_row_sizes
 from embtune.errors import ArgumentError
 from embtune.packing.row import PREPARED
@@ -42,9 +42,13 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
         return None
     print(f"CUDA graphs: on, for up to {SHAPES} sizes of a batch; each is recorded when it first comes", flush=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    at_once = autocast is not None and can_round(model[0].model)
-    embed = partial(embed_row, model, engine, rounds_at_once=at_once)
+    embed = partial(embed_row, model, engine, rounds_at_once=autocast is not None)
     return EncoderGraphs(embed, trained, autocast=autocast, limit=SHAPES, strict=mode == "always")
+
+
+def loss_graphs(graphs: EncoderGraphs) -> LossGraphs:
+    """What records the losses of embeddings that `graphs` replays."""
+    return LossGraphs(graphs.stream, strict=graphs.strict)
 
 
 def settle_row_sizes(graphs: EncoderGraphs, rows: Dataset[Any], batch: int, steps: int) -> None:

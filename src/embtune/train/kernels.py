@@ -20,7 +20,7 @@ from embtune.models.families import unwrapped
 from embtune.models.fused import fuse_elementwise, unfuse_elementwise
 from embtune.models.fused_prenorm import can_widen
 from embtune.models.modules import transformer_modules
-from embtune.models.shared_input import share_casts, unshare_casts
+from embtune.models.rounded_linear import round_linears, unround_linears
 from embtune.runtime import package_version, runs_triton
 from embtune.train.compiling import planned_steps
 
@@ -66,14 +66,14 @@ def use_kernels(model: SentenceTransformer, fused: bool, triton: bool) -> None:
     if isinstance(engine, Engine):
         model.engine = replace(engine, triton=triton)
     for transformer in transformer_modules(model):
-        unshare_casts(transformer.model)  # of layers, too, around which adapters were put since
+        unround_linears(transformer.model)  # of layers, too, around which adapters were put since
         # In half precision a pre-norm model needs Triton's kernels for its residual stream, or autocast with all else.
         if fused and (triton or not can_widen(transformer.model)):
             fuse_lora(transformer.model)
         else:
             unfuse_lora(transformer.model)
         if fused:
-            share_casts(transformer.model)
+            round_linears(transformer.model)
         if fused and triton:
             fuse_elementwise(transformer.model)
         else:

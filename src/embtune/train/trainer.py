@@ -17,9 +17,11 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from embtune.accelerate.graphs import EncoderGraphs
+from embtune.accelerate.loss_graphs import LossGraphs
 from embtune.data.checks import check_training_data
 from embtune.data.columns import canonical
 from embtune.errors import ArgumentError, EmbtuneWarning
+from embtune.losses.repeatable import settings_of
 from embtune.losses.services import fall_back_for, takes_one_pass
 from embtune.packing.columns import embed_columns_once, embed_row_once
 from embtune.packing.row import PREPARED
@@ -27,7 +29,7 @@ from embtune.train.arguments import SentenceTransformerTrainingArguments
 from embtune.train.checkpoint_folders import TRAINER_STATE_NAME, is_whole, last_whole_checkpoint
 from embtune.train.checkpoints import restore_loss_weights, restore_weights, save_loss_weights
 from embtune.train.compiling import CompileCallback, steps_of_run, steps_taken
-from embtune.train.graphed import GraphedModel, encoder_graphs, settle_row_sizes
+from embtune.train.graphed import GraphedModel, encoder_graphs, loss_graphs, settle_row_sizes
 from embtune.train.kernels import leave_mark, settle_kernels
 from embtune.train.precision import settle_casting, settle_float16
 from embtune.train.prompts import remember_prompts
@@ -79,6 +81,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         )
         self._embed: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self._graphs: EncoderGraphs | None = None
+        self._loss_graphs: LossGraphs | None = None
         self._kind_of_loader = ""
         self._token_loaders = TokenLoaders(self, enabled=getattr(args, "token_cache", True))
         self._compile_callback = CompileCallback(getattr(args, "compile", "auto"))
@@ -94,6 +97,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             self.model.model_card_data.add_tags("embtune")
         self._check_data()
         self._graphs = encoder_graphs(self)
+        self._loss_graphs = None if self._graphs is None else loss_graphs(self._graphs)
         self._compile_callback.prepare(self, checkpoint, replayed=self._graphs is not None)
         if checkpoint is not None and 0 < self.args.max_steps <= steps_taken(checkpoint):
             return self._take_over(checkpoint)
@@ -105,7 +109,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
                 leave_mark(self._kernels_mark)
             return output
         finally:
-            self._graphs = None  # and with them their memory
+            self._graphs = self._loss_graphs = None  # and with them their memory
 
     def _take_over(self, checkpoint: Path) -> TrainOutput:
         """Put back a run that has no step left, without training; the Trainer would take one step more."""
@@ -124,6 +128,10 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         self._embed = None
         if getattr(self.model, "packs", False) and takes_one_pass(loss):
             self._embed = model if self._graphs is None else GraphedModel(model, self._graphs)
+        if self._loss_graphs is not None and PREPARED in inputs and not return_outputs:
+            settings = settings_of(loss)
+            if settings is not None:
+                return self._loss_graphs(loss, settings, *self.collect_features(inputs))
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
