@@ -226,8 +226,8 @@ def measure_in(folder: str, options: argparse.Namespace) -> None:
             pstats.Stats(clock.host).sort_stats(order).print_stats(options.host)
         return
     kernels = clock.kernels()
-    for name, (launches, ms) in sorted(kernels.items(), key=lambda item: -item[1][1])[: options.kernels]:
-        print(f"{ms:8.3f} ms {launches:7.1f} x {name[:110]}")
+    for kernel, (launches, ms) in sorted(kernels.items(), key=lambda item: -item[1][1])[: options.kernels]:
+        print(f"{ms:8.3f} ms {launches:7.1f} x {kernel[:110]}")
     print("RESULT " + json.dumps(row_of(name, options, model, data, clock, kernels)), flush=True)
 
 

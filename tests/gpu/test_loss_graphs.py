@@ -71,7 +71,7 @@ def test_a_replay_gives_what_a_call_gives(name: str, autocast: bool, model: Fast
         torch.testing.assert_close(replayed, called)
         found, wanted = gradients(replayed, embeddings), gradients(called, embeddings)
         # Products under autocast round the gradient, here before it is scaled and there behind.
-        assert (found - wanted).norm() <= (4e-3 if autocast else 1e-5) * wanted.norm()
+        assert (found - wanted).norm() <= (1e-2 if autocast else 1e-5) * wanted.norm()
     assert graphs.count == 1
 
 

@@ -9,6 +9,7 @@ import torch
 from tiny import TEXTS
 
 from embtune import FastSentenceTransformer
+from embtune.accelerate.recordable import embed_row
 from embtune.packing.columns import embed_row_once
 from embtune.packing.row import PackedRow
 
@@ -33,3 +34,21 @@ def test_a_prepared_row_is_embedded_without_waiting(tiny_dir: Callable[..., Path
         expected = model({key: value.cuda() for key, value in padded.items() if isinstance(value, torch.Tensor)})
     found = torch.cat([first["sentence_embedding"], second["sentence_embedding"]])
     torch.testing.assert_close(found, expected["sentence_embedding"], rtol=0, atol=1e-3)
+
+
+def test_a_model_with_windows_gives_the_same_by_either_kernel(tiny_dir: Callable[..., Path]) -> None:
+    model = FastSentenceTransformer.from_pretrained(tiny_dir("modernbert"), device="cuda", dtype="bfloat16").eval()
+    model.requires_grad_(True)
+    generator = np.random.default_rng(0)
+    row = PackedRow.of([[generator.integers(5, 100, length) for length in (1, 40, 150, 159, 3)]]).to("cuda")
+    found = []
+    for longest, attention in ((160, "tiles"), (1024, "windows")):
+        assert model.engine.attention(model.device, model.dtype, longest) == attention
+        model.zero_grad()
+        embeddings = embed_row(model, model.engine, row, longest)
+        (embeddings * torch.linspace(-1, 1, embeddings.shape[1], device="cuda")).sum().backward()
+        gradients = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+        found.append((embeddings.detach(), gradients.float()))
+    (first, first_gradients), (second, second_gradients) = found
+    assert (second - first).norm() <= 0.01 * first.norm()
+    assert (second_gradients - first_gradients).norm() <= 0.05 * first_gradients.norm()

@@ -66,3 +66,16 @@ def test_the_mask_of_flash_attention_reaches_the_attention(model_type: str, tiny
     assert flattened is not None
     embeddings = SentenceTransformer.forward(packed, flattened[0])["sentence_embedding"]
     torch.testing.assert_close(embeddings, reference(dict(features))["sentence_embedding"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_the_mask_of_layers_with_windows_reaches_the_attention(tiny_dir: TinyDir) -> None:
+    pytest.importorskip("triton")
+    packed, reference = load(tiny_dir("modernbert"), "packed"), load(tiny_dir("modernbert"), "reference")
+    engine = packed.engine
+    assert engine.windows
+    features = packed.preprocess(TEXTS)
+    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, attention="windows")
+    assert flattened is not None
+    embeddings = SentenceTransformer.forward(packed, flattened[0])["sentence_embedding"]
+    torch.testing.assert_close(embeddings, reference(dict(features))["sentence_embedding"], rtol=0, atol=1e-5)

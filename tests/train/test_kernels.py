@@ -85,6 +85,20 @@ def test_attention_that_flash_serves_as_well_is_left_to_it() -> None:
     assert found == {(True, True): "tiles", (True, False): "tiles", (False, True): "flash", (False, False): "tiles"}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "longest", "wanted"),
+    [("modernbert", 512, "tiles"), ("modernbert", 513, "windows"), ("bert", 513, "flash"), ("qwen3", 513, "flash")],
+)
+def test_layers_with_narrow_windows_are_computed_in_tiles(
+    model_type: str, longest: int, wanted: str, tiny_dir: TinyDir
+) -> None:
+    engine = FastSentenceTransformer.from_pretrained(tiny_dir(model_type), device="cpu", engine="packed").engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embtune.packing.attention.runs_triton", lambda _: True)
+        patch.setattr("embtune.packing.attention.flash_serves", lambda *_: True)
+        assert engine.attention(torch.device("cuda:0"), torch.bfloat16, longest) == wanted
+
+
 @pytest.mark.parametrize(("steps", "long"), [(ENOUGH_STEPS - 1, False), (ENOUGH_STEPS, True)])
 def test_a_run_is_long_by_its_steps(steps: int, long: bool, tmp_path: Path) -> None:
     assert is_long(arguments(tmp_path, max_steps=steps), PAIRS) == long

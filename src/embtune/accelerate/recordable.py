@@ -10,7 +10,7 @@ from torch import Tensor
 from embtune.models.checkpointing import recomputes_layers
 from embtune.models.engine import Engine
 from embtune.models.rounded_linear import rounded_at_once
-from embtune.packing.layout import bounds_mask, flash_mask
+from embtune.packing.layout import kernel_mask
 from embtune.packing.pool import POOLING_MODES, pool
 from embtune.packing.row import PackedRow
 from embtune.runtime import compute_dtype
@@ -60,10 +60,8 @@ def embed_row(
     features: dict[str, Any] = row.features()
     device = row.tokens_3T.device
     dtype = compute_dtype(device, model.dtype)
-    if engine.attention(device, dtype, longest) == "tiles":
-        features["attention_mask"] = bounds_mask(row.cu_seqlens, row.tokens_3T.shape[1])
-    else:
-        features["attention_mask"] = flash_mask(row.cu_seqlens, longest)
+    attention = engine.attention(device, dtype, longest)
+    features["attention_mask"] = kernel_mask(row.cu_seqlens, row.tokens_3T.shape[1], longest, attention)
     for place, module in enumerate(model):
         if place == 0 and rounds_at_once:
             with rounded_at_once(module.model, dtype):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embtune.errors import ArgumentError
-from embtune.kernels.tiles import check_dtypes, tile_of
+from embtune.kernels.tiles import ColumnSums, check_dtypes, tile_of
 from embtune.runtime import require_triton
 
 NormKind = Literal["layer", "rms"]
@@ -173,10 +173,7 @@ class _AddNorm(torch.autograd.Function):
         shared = for_residual and for_hidden and residual_dtype == hidden_dtype
         residual_grad = torch.empty_like(normal, dtype=residual_dtype) if for_residual else None
         hidden_grad = torch.empty_like(normal, dtype=hidden_dtype) if for_hidden and not shared else None
-        weight_parts, bias_parts = (
-            normal.new_empty(programs, columns, dtype=torch.float32) if wanted else None
-            for wanted in (for_weight, for_bias)
-        )
+        sums = ColumnSums(normal, programs, for_weight, for_bias)
         with torch.cuda.device_of(normal):
             add_norm_backward[(programs,)](
                 total_grad if total_grad is None else total_grad.contiguous(),
@@ -186,8 +183,7 @@ class _AddNorm(torch.autograd.Function):
                 weight.contiguous(),
                 residual_grad,
                 hidden_grad,
-                weight_parts,
-                bias_parts,
+                *sums.parts,
                 rows,
                 columns,
                 CENTRED=ctx.centred,
@@ -200,8 +196,7 @@ class _AddNorm(torch.autograd.Function):
         return (
             residual_grad,
             residual_grad if shared else hidden_grad,
-            None if weight_parts is None else weight_parts.sum(0).to(weight.dtype),
-            None if bias_parts is None else bias_parts.sum(0).to(bias_dtype),
+            *sums.totals(weight.dtype, bias_dtype),
             None,
             None,
             None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embtune.errors import ArgumentError
-from embtune.kernels.tiles import check_dtypes, tile_of
+from embtune.kernels.tiles import ColumnSums, check_dtypes, tile_of
 from embtune.runtime import require_triton
 
 
@@ -164,10 +164,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         shared = for_hidden and for_residual and seed is None and hidden_dtype == residual_dtype
         hidden_grad = torch.empty_like(total, dtype=hidden_dtype) if for_hidden and not shared else None
         residual_grad = torch.empty_like(total, dtype=residual_dtype) if for_residual else None
-        weight_parts, bias_parts = (
-            total.new_empty(programs, columns, dtype=torch.float32) if wanted else None
-            for wanted in (for_weight, for_bias)
-        )
+        sums = ColumnSums(total, programs, for_weight, for_bias)
         with torch.cuda.device_of(total):
             add_norm_backward[(programs,)](
                 grad.contiguous(),
@@ -178,8 +175,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
                 seed,
                 hidden_grad,
                 residual_grad,
-                weight_parts,
-                bias_parts,
+                *sums.parts,
                 rows,
                 columns,
                 *_dropping(ctx.p),
@@ -191,8 +187,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return (
             residual_grad if shared else hidden_grad,
             residual_grad,
-            None if weight_parts is None else weight_parts.sum(0).to(weight.dtype),
-            None if bias_parts is None else bias_parts.sum(0).to(bias_dtype),
+            *sums.totals(weight.dtype, bias_dtype),
             None,
             None,
             None,

@@ -15,7 +15,7 @@ MAX_COLUMNS = 8192
 """The longest row that one program holds at once."""
 
 _PROGRAMS = 2048
-_TILE = 1024
+_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Tile:
     block: int
     """Places for the columns of a row: the next power of two."""
     warps: int
-    """Warps that share the work, so that each lane holds 16 bytes of bfloat16 or a few times that."""
+    """Warps that share the work: one up to 1,024 numbers, since warps that share a row wait for each other's sums."""
 
     def count(self, rows: int) -> int:
         """How many tiles cover `rows` rows."""
@@ -52,7 +52,37 @@ def tile_of(columns: int) -> Tile:
         raise ArgumentError(f"rows of {columns} numbers: these kernels take 1 to {MAX_COLUMNS}; use PyTorch's own.")
     block = max(16, 1 << (columns - 1).bit_length())
     rows = max(1, _TILE // block)
-    return Tile(rows, block, min(16, rows * block // 256))
+    # The fastest of nine on an H200 for 384 and 768 columns (docs/decisions.md).
+    return Tile(rows, block, min(16, max(1, rows * block // 1024)))
+
+
+class ColumnSums:
+    """Sums over the rows of a matrix, of which programs add up parts: the gradients of a norm's weight and bias.
+
+    Args:
+        like: a tensor [T, D] on the device.
+        programs: P, how many parts there are.
+        wanted: whether each of the sums is.
+    """
+
+    def __init__(self, like: Tensor, programs: int, *wanted: bool) -> None:
+        self._wanted = wanted
+        # All in one tensor, which one kernel adds up.
+        self._all = like.new_empty(sum(wanted), programs, like.shape[1], dtype=torch.float32)
+
+    @property
+    def parts(self) -> list[Tensor | None]:
+        """The parts [P, D] of each sum, to be filled; None for one that nobody wants."""
+        return self._where_wanted(self._all)
+
+    def totals(self, *dtypes: torch.dtype | None) -> list[Tensor | None]:
+        """The sums [D], each in its dtype."""
+        totals = self._where_wanted(self._all.sum(1)) if any(self._wanted) else [None] * len(dtypes)
+        return [None if each is None else each.to(dtype) for each, dtype in zip(totals, dtypes, strict=True)]
+
+    def _where_wanted(self, values: Tensor) -> list[Tensor | None]:
+        found = iter(values)
+        return [next(found) if wanted else None for wanted in self._wanted]
 
 
 def check_dtypes(purpose: str, *tensors: Tensor) -> None:

@@ -55,13 +55,21 @@ class Engine:
     """Whether the attention is one that variable-length FlashAttention computes, where device and dtype allow it."""
     tiles: bool = False
     """Whether it is one that `row_attention` computes."""
+    windows: bool = False
+    """Whether some layers read a window so narrow that `row_attention` is the faster one in any row."""
     triton: bool = True
     """Whether to use kernels that Triton has to compile when they are first called, where others serve as well."""
 
     def attention(self, device: torch.device, dtype: torch.dtype, longest: int) -> RowAttention:
         """What computes the attention of a row whose texts are at most `longest` tokens long."""
         return attention.row_attention_for(
-            device, dtype, longest, tiles=self.tiles, flash=self.flash, triton=self.triton
+            device,
+            dtype,
+            longest,
+            tiles=self.tiles,
+            flash=self.flash,
+            windows=self.windows,
+            triton=self.triton,
         )
 
     def packs(self, model: SentenceTransformer) -> bool:
@@ -179,6 +187,17 @@ def _switch_to_packed(transformer: Transformer) -> Engine:
         mask_value=family.mask_value,
         flash=family.packing == "interface" and small_heads,
         tiles=(family.packing == "interface" or family.bias_by_distance) and small_heads,
+        windows=family.packing == "interface" and _has_narrow_windows(backbone.config),
+    )
+
+
+def _has_narrow_windows(config: PretrainedConfig) -> bool:
+    window = getattr(config, "sliding_window", None)
+    return (
+        "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        and isinstance(window, int)
+        and window < attention.NARROW_WINDOW
+        and _largest_head(config) <= attention.NARROW_HEAD_DIM
     )
 
 

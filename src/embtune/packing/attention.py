@@ -25,6 +25,15 @@ FLASH_HEAD_DIM = 256
 TILES_LENGTH = 512
 """Rows whose texts are no longer go to `row_attention`; FlashAttention's larger tiles are faster from there on."""
 
+NARROW_WINDOW = 128
+"""Layers in which a token reads no farther than this go to `row_attention` in any row.
+
+ModernBERT's, 65, at texts of up to 1,024 tokens: see docs/decisions.md.
+"""
+
+NARROW_HEAD_DIM = 128
+"""The largest head for which that was measured."""
+
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -68,18 +77,26 @@ def packed_attention(
     # transformers hands out [1, H, T, D] views of [1, T, H, D].
     # Their gradients go back as views: an index would copy each into zeros, and into the other order again.
     q_THD, k_THD, v_THD = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    rows = q_THD, k_THD, v_THD
+    settings: tuple[Any, ...] = dropout, scaling, causal, sliding_window
+    half = q_THD.dtype in _FLASH_DTYPES
     if is_bounds_mask(attention_mask):
-        out_THD = attend_tiles(q_THD, k_THD, v_THD, attention_mask, dropout, scaling, causal, sliding_window)
-    elif not packed and q_THD.dtype in _FLASH_DTYPES:
-        cu_seqlens, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-        out_THD = attend_flash(q_THD, k_THD, v_THD, cu_seqlens, longest, dropout, scaling, causal, sliding_window)
+        tokens, longest = len(q_THD), attention_mask.shape[2]
+        bounds, borders = attention_mask[..., :tokens], attention_mask[0, 0, 0, tokens:]
+        narrow = sliding_window is not None and sliding_window <= NARROW_WINDOW
+        if half and not narrow and len(borders) > 0:
+            out_THD = attend_flash(*rows, borders, longest, *settings)
+        else:
+            out_THD = attend_tiles(*rows, bounds, *settings)
+    elif half and not packed:
+        out_THD = attend_flash(*rows, attention_mask[0, 0, 0], attention_mask.shape[2], *settings)
     else:
-        out_THD = attend_groups(q_THD, k_THD, v_THD, attention_mask, dropout, scaling, causal, sliding_window)
+        out_THD = attend_groups(*rows, attention_mask, *settings)
     return out_THD.unsqueeze(0), None
 
 
 def is_bounds_mask(mask: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether an attention mask is a `bounds_mask`."""
+    """Whether an attention mask is a `bounds_mask`, or begins with one, as a `windows_mask` does."""
     return mask is not None and mask.dtype == torch.int32 and mask.shape[0] == 2
 
 
@@ -109,19 +126,29 @@ def attend_tiles(
 
 
 def row_attention_for(
-    device: torch.device, dtype: torch.dtype, longest: int, *, tiles: bool, flash: bool, triton: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    longest: int,
+    *,
+    tiles: bool,
+    flash: bool,
+    windows: bool = False,
+    triton: bool = True,
 ) -> RowAttention:
     """What computes the attention of a row on this device, in this dtype, with no text longer than `longest`.
 
     Args:
         tiles: whether `row_attention` computes what the architecture asks for.
         flash: the same of FlashAttention.
+        windows: whether some layers have a narrow window.
         triton: whether to take `row_attention` where FlashAttention would serve as well.
     """
     flash = flash and flash_serves(device, dtype)
     half = dtype in _FLASH_DTYPES
     if tiles and half and runs_triton(device) and (not flash or (triton and longest <= TILES_LENGTH)):
         return "tiles"
+    if tiles and windows and triton and half and runs_triton(device):
+        return "windows"
     return "flash" if flash else "groups"
 
 

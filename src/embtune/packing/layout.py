@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embtune.kernels.row_attention import text_bounds
 
-RowAttention: TypeAlias = Literal["tiles", "flash", "groups"]
+RowAttention: TypeAlias = Literal["tiles", "flash", "windows", "groups"]
 """What computes the attention of a row: `row_attention`, variable-length FlashAttention, or SDPA over groups."""
 
 # A text joins a group if it is at least this share of the group's longest: at most a quarter of a group is padding.
@@ -178,10 +178,28 @@ def bounds_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.stack(text_bounds(cu_seqlens, tokens))[:, None, None]
 
 
+def windows_mask(cu_seqlens: Tensor, tokens: int, max_length: int) -> Tensor:
+    """The attention mask of a row that `row_attention` serves in layers with a narrow window, FlashAttention in others.
+
+    [2, 1, L, T + N + 1] int32: a `bounds_mask`, and behind it `cu_seqlens`, spread over as many rows as the longest
+    text may have tokens.
+    """
+    bounds_2T = torch.stack(text_bounds(cu_seqlens, tokens))
+    both = torch.cat([bounds_2T, cu_seqlens.expand(2, -1)], dim=1)
+    return both[:, None, None].expand(-1, -1, max_length, -1)
+
+
+def kernel_mask(cu_seqlens: Tensor, tokens: int, max_length: int, attention: RowAttention) -> Tensor:
+    """The attention mask for a kernel over the whole row, as all of `RowAttention` are but groups."""
+    if attention == "tiles":
+        return bounds_mask(cu_seqlens, tokens)
+    if attention == "windows":
+        return windows_mask(cu_seqlens, tokens, max_length)
+    return flash_mask(cu_seqlens, max_length)
+
+
 def row_mask(packing: Packing, dtype: torch.dtype, mask_value: float, attention: RowAttention) -> Tensor:
     """What stands in the place of a row's attention mask, for the attention that will read it."""
-    if attention == "tiles":
-        return bounds_mask(packing.cu_seqlens, packing.tokens)
-    if attention == "flash":
-        return flash_mask(packing.cu_seqlens, packing.max_length)
-    return PackedMask.of(packing, dtype, mask_value)
+    if attention == "groups":
+        return PackedMask.of(packing, dtype, mask_value)
+    return kernel_mask(packing.cu_seqlens, packing.tokens, packing.max_length, attention)
