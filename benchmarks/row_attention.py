@@ -57,7 +57,7 @@ WORKLOADS = {
     "bert-nl2bash": Workload(NL2BASH, 12, 12, 64, dropout=0.1),
     "bert-medquad-no-dropout": Workload(MEDQUAD, 12, 12, 64),
     "qwen3-medquad": Workload(((32, 15), (32, 195)), 16, 8, 128, causal=True),
-    "mpnet-medquad": Workload(MEDQUAD, 12, 12, 64, dropout=0.1, distances=1023),
+    "mpnet-medquad": Workload(MEDQUAD, 12, 12, 64, dropout=0.1, distances=257),
     "minilm-nl2bash": Workload(((256, 22), (256, 23)), 12, 12, 32, dropout=0.1),
     "modernbert-window": Workload(((64, 22), (64, 371)), 12, 12, 64, window=64),
 }

@@ -17,6 +17,7 @@ GPU_CASES = {
     "heads of 128, grouped": Case(4, 1, 128, settings={"causal": True, "dropout": 0.2}),
     "heads of 128, window, bias": Case(2, 2, 128, 1023, {"window": (64, 64)}),
     "heads of 256": Case(4, 1, 256, settings={"window": (511, 511), "dropout": 0.1}),
+    "bias of MPNet": Case(12, 12, 64, 257, {"dropout": 0.1}),
     "bias over every distance": Case(4, 4, 64, 1023, {"dropout": 0.1}),
 }
 

@@ -39,6 +39,25 @@ def test_half_precision_stays_near_the_twin() -> None:
     assert all(error < 2e-3 for error in case.error(LENGTHS, DEVICE, torch.float16).values())
 
 
+@pytest.mark.usefixtures("nan_scratch")
+@pytest.mark.parametrize(
+    ("distances", "longest", "settings"),
+    [(3, 70, {}), (5, 70, {}), (41, 70, {"causal": True, "window": (30, 7)}), (257, 150, {})],
+    ids=["3", "5", "41, causal window", "257"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "bound"),
+    [(torch.float32, 32, 2e-6), (torch.float32, 72, 2e-6), (torch.float16, 16, 2e-3)],
+    ids=["32 x 32", "16 x 16", "64 x 32 and 32 x 64"],
+)
+def test_a_bias_in_tiles_of_each_shape(
+    dtype: torch.dtype, head_dim: int, bound: float, distances: int, longest: int, settings: dict[str, object]
+) -> None:
+    # A text longer than the bias reaches to either side; texts begin and end inside tiles.
+    errors = Case(2, 1, head_dim, distances, settings).error([7, longest, 21], DEVICE, dtype)
+    assert all(error < bound for error in errors.values()), errors
+
+
 def test_views_of_one_projection_and_a_broadcast_gradient() -> None:
     inputs = Case().inputs(LENGTHS, DEVICE, torch.float32)
     names = ("q_THD", "k_TGD", "v_TGD")

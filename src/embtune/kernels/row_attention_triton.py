@@ -79,9 +79,20 @@ def _kept(line_M, line_N, threshold):
 
 
 @triton.jit
-def _distance(query, key, distances):
-    # The bias's column for each pair; both are already spread over the two axes of the tile.
-    return tl.minimum(tl.maximum(key - query + distances // 2, 0), distances - 1)
+def _bias_column(distance, distances):
+    return tl.minimum(tl.maximum(distance + distances // 2, 0), distances - 1)
+
+
+@triton.jit
+def _load_bias(bias_R, apart, sign, distances, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # The bias of a tile whose first column is the token `apart` behind that of its first row, in units of log 2; `sign`
+    # is 1 where columns are keys, -1 where they are queries. A tile has one number for each of its diagonals: these
+    # few are loaded, and the tile is read from them on the chip.
+    LENGTH: tl.constexpr = 2 * (ROWS if ROWS > COLUMNS else COLUMNS)
+    diagonal = apart + tl.arange(0, LENGTH) - (ROWS - 1)
+    bias = tl.load(bias_R + _bias_column(sign * diagonal, distances)) * _LOG2_E
+    place = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None] + (ROWS - 1)
+    return tl.gather(bias, place.reshape(ROWS * COLUMNS), 0).reshape(ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens", "before", "after", "distances", "threshold"])
@@ -133,8 +144,7 @@ def attend(
         k = _load_rows(k_T, at, k_stride_T, stop, KEYS, D, BLOCK)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
         if bias_HR is not None:
-            column = _distance(query[:, None], key[None, :], distances)
-            scores += tl.load(bias_HR + head * distances + column) * _LOG2_E
+            scores += _load_bias(bias_HR + head * distances, at - first, 1, distances, QUERIES, KEYS)
         scores = tl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
@@ -213,8 +223,7 @@ def query_gradients(
         v = _load_rows(v_T, at, v_stride_T, stop, KEYS, D, BLOCK)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
         if bias_HR is not None:
-            column = _distance(query[:, None], key[None, :], distances)
-            scores += tl.load(bias_HR + head * distances + column) * _LOG2_E
+            scores += _load_bias(bias_HR + head * distances, at - first, 1, distances, QUERIES, KEYS)
         readable = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
         weights = tl.exp2(tl.where(readable, scores, float("-inf")) - lse[:, None])
         weights_grad = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -223,6 +232,7 @@ def query_gradients(
             weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
         scores_grad = weights * (weights_grad - delta[:, None])
         if bias_grad_HR is not None:
+            column = _bias_column(key[None, :] - query[:, None], distances)
             tl.atomic_add(bias_grad_HR + head * distances + column, scores_grad, mask=readable, sem="relaxed")
         q_grad = tl.dot(scores_grad.to(k.dtype), k, q_grad, input_precision="ieee")
     q_grad = (q_grad * scale).to(q_grad_THD.dtype.element_ty)
@@ -290,8 +300,7 @@ def key_value_gradients(
             delta = tl.load(delta_HT + head * tokens + query, mask=query < stop, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * _LOG2_E)
             if bias_HR is not None:
-                column = _distance(query[None, :], key[:, None], distances)
-                scores += tl.load(bias_HR + head * distances + column) * _LOG2_E
+                scores += _load_bias(bias_HR + head * distances, at - first, -1, distances, KEYS, QUERIES)
             reading = (query[None, :] >= low[:, None]) & (query[None, :] < high[:, None])
             weights = tl.exp2(tl.where(reading, scores, float("-inf")) - lse[None, :])
             weights_grad = tl.dot(v, tl.trans(grad), input_precision="ieee")
