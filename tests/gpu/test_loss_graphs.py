@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embtune import FastSentenceTransformer, losses
 from embtune.accelerate.loss_graphs import LossGraphs
+from embtune.accelerate.recording import record
 from embtune.losses.repeatable import settings_of
 from embtune.packing.columns import embed_row_once
 from embtune.packing.row import PackedRow
@@ -93,6 +94,22 @@ def test_two_losses_may_wait_for_their_backward(model: FastSentenceTransformer) 
     for value, parts in zip(values, batches, strict=True):
         called = loss(as_features(parts), None)
         torch.testing.assert_close(gradients(value, parts), gradients(called, parts))
+
+
+def test_a_recording_that_fails_leaves_those_before_it_as_they_were() -> None:
+    states, stream, pool = torch.ones(64, device="cuda"), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    first = torch.cuda.CUDAGraph()
+    with record(first, pool, stream):
+        dropped = torch.nn.functional.dropout(states)
+    with pytest.raises(RuntimeError), record(torch.cuda.CUDAGraph(), pool, stream):
+        torch.nn.functional.dropout(states).sum().item()
+    drawn = []
+    for _ in range(2):
+        before = torch.cuda.get_rng_state()
+        first.replay()
+        drawn.append(dropped.clone())
+        assert not torch.equal(torch.cuda.get_rng_state(), before)
+    assert not torch.equal(*drawn)
 
 
 def test_what_cannot_be_recorded_is_called(model: FastSentenceTransformer) -> None:

@@ -1,11 +1,13 @@
 """Which losses a CUDA graph may repeat, and when it has to be another graph."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
 from embtune import losses
@@ -41,18 +43,28 @@ def test_what_a_graph_could_not_repeat_has_no_settings(model: SentenceTransforme
     def own(a: Tensor, b: Tensor) -> Tensor:
         return a @ b.T * float(torch.rand(()))
 
+    @functools.wraps(cos_sim)
+    def wrapped(a: Tensor, b: Tensor) -> Tensor:
+        return own(a, b)
+
     class Subclass(losses.MultipleNegativesRankingLoss):
         pass
 
     ranking = losses.MultipleNegativesRankingLoss
+    hooked = ranking(model)
+    hooked.register_forward_hook(lambda *_: None)
     refused = (
         Subclass(model),
         ranking(model, similarity_fct=own),
+        ranking(model, similarity_fct=wrapped),
+        hooked,
         ranking(model, hardness_mode="all_negatives", hardness_strength=1.0),
         ranking(model, directions=("query_to_doc", "query_to_query")),
         losses.MatryoshkaLoss(model, ranking(model), [32, 16], n_dims_per_step=1),
         losses.MatryoshkaLoss(model, ranking(model, similarity_fct=own), [32, 16]),
         losses.CosineSimilarityLoss(model, cos_score_transformation=nn.Linear(1, 1)),
+        losses.CosineSimilarityLoss(model, cos_score_transformation=nn.Sequential(nn.Dropout())),
+        losses.CosineSimilarityLoss(model, nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))),
         losses.SoftmaxLoss(model, 32, 2),
         losses.CachedMultipleNegativesRankingLoss(model),
         losses.OnlineContrastiveLoss(model),

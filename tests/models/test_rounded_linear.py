@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from embtune import FastSentenceTransformer
-from embtune.models.rounded_linear import RoundedLinear, round_linears, rounded_at_once, unround_linears
+from embtune.models.rounded_linear import RoundedLinear, RoundedLinears, round_linears, rounded_at_once, unround_linears
 
 TinyDir = Callable[..., Path]
 TEXTS = ["a text", "another, longer text than the first", "and 1 more; " * 9]
@@ -119,20 +121,74 @@ def test_nothing_is_kept_after_a_pass(tiny_dir: TinyDir) -> None:
     model = load(tiny_dir("bert"))
     round_linears(model[0].model)
     trained(model, at_once=True)
-    for module in model.modules():
-        if isinstance(module, RoundedLinear):
-            assert module.shared._held is None
-            assert module.shared.rounded is None
+    assert groups(model)
+    assert all(group._held is None and group.rounded is None for group in groups(model))
+
+
+def test_nothing_is_kept_when_rounding_fails(tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    model = load(tiny_dir("bert"))
+    round_linears(model[0].model)
+    monkeypatch.setattr(torch, "_foreach_copy_", full)
+    with pytest.raises(torch.OutOfMemoryError), rounded_at_once(model[0].model, torch.bfloat16):
+        pytest.fail("no pass may see weights that were never written")
+    assert all(group.rounded is None for group in groups(model))
+
+
+def groups(model: FastSentenceTransformer) -> list[RoundedLinears]:
+    return [module.shared for module in model.modules() if isinstance(module, RoundedLinear)]
+
+
+def test_layers_with_hooks_are_called_one_by_one(tiny_dir: TinyDir) -> None:
+    """Of a sibling's weights, which a hook sets before it is called, and of its output, which one may change."""
+    found = []
+    for change in (lambda _: None, round_linears):
+        model = load(tiny_dir("bert"))
+        attention = model[0].model.encoder.layer[0].attention.self
+        change(model[0].model)
+        torch.manual_seed(0)
+        torch.nn.utils.prune.random_unstructured(attention.key, "weight", amount=0.5)
+        with torch.no_grad():
+            attention.key.weight_orig.mul_(3)  # the hook puts it into `weight` when the layer is called
+        attention.value.register_forward_hook(lambda _module, _input, output: output.mul_(2))
+        found.append(trained(model))
+    assert (found[1][0] - found[0][0]).norm() <= 0.02 * found[0][0].norm()
+    assert (found[1][1] - found[0][1]).norm() <= 0.05 * found[0][1].norm()
+
+
+def test_the_output_of_a_single_layer_may_be_changed_in_place(tiny_dir: TinyDir) -> None:
+    model = load(tiny_dir("bert"))
+    round_linears(model[0].model)
+    dense = model[0].model.encoder.layer[0].output.dense
+    with torch.autocast("cpu", torch.bfloat16):
+        dense(torch.ones(2, dense.in_features)).mul_(2).sum().backward()
+    assert dense.weight.grad is not None
+
+
+def test_layers_that_are_shared_or_hold_quantised_weights_are_left_alone(tiny_dir: TinyDir) -> None:
+    assert round_linears(load(tiny_dir("albert"))[0].model) == []
+    model = load(tiny_dir("bert"))
+    round_linears(model[0].model)
+    exact, _ = trained(model)
+    quantize_(model[0].model.encoder.layer[0].output.dense, Int8WeightOnlyConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model[0](dict(model.preprocess(TEXTS)))["token_embeddings"]
+    assert (states - exact).norm() <= 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_shares_with_its_own_layers(duplicate: Callable[[nn.Module], nn.Module], tiny_dir: TinyDir) -> None:
     backbone = load(tiny_dir("bert"))[0].model
     round_linears(backbone)
-    other = duplicate(backbone)
-    for module in other.modules():
-        if isinstance(module, RoundedLinear):
-            assert any(member is module for member in module.shared.members)
+    with rounded_at_once(backbone, torch.bfloat16):
+        other = duplicate(backbone)
+    changed = [module for module in other.modules() if isinstance(module, RoundedLinear)]
+    assert changed
+    for module in changed:
+        assert any(member is module for member in module.shared.members)
+        assert module.shared.rounded is None
 
 
 def test_adapters_are_left_alone(tiny_dir: TinyDir) -> None:

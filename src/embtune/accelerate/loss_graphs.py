@@ -64,6 +64,8 @@ class LossGraphs:
         """
         embeddings = [column[_EMBEDDING] for column in columns]
         exact = all(part.dtype == torch.float32 for part in embeddings)
+        # A gradient scaled only after products in float16 would have lost its smallest parts in them.
+        exact = exact and _autocast() is not torch.float16
         if not torch.is_grad_enabled() or not exact or not isinstance(labels, Tensor | None):
             return loss(columns, labels)
         label_kind = None if labels is None else (labels.shape, labels.dtype)

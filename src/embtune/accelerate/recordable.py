@@ -55,7 +55,8 @@ def embed_row(
     The model's modules run as they are, but for pooling: sentence-transformers 6.0's asks how many texts there are.
 
     Args:
-        rounds_at_once: whether autocast is on, and weights of `RoundedLinear` layers are to be rounded before the pass.
+        rounds_at_once: whether to round the weights of all `RoundedLinear` layers before the pass, as `rounded_at_once`
+            does. For a pass under autocast.
     """
     features: dict[str, Any] = row.features()
     device = row.tokens_3T.device

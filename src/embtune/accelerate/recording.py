@@ -14,14 +14,13 @@ def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) ->
     Raises:
         RuntimeError: something within cannot be recorded, such as waiting for the device.
     """
-    generator = torch.cuda.default_generators[stream.device.index]
-    state = generator.get_state()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             yield
     except RuntimeError:
-        # PyTorch's random numbers believe from now on that the recording still goes on: they get a state that does not.
-        fresh = torch.Generator(stream.device)
-        fresh.set_state(state)
-        generator.graphsafe_set_state(fresh)
+        # PyTorch before 2.13 takes this recording for one that still goes on whenever a number is drawn, until some
+        # recording ends well.
+        unused = torch.zeros(1, device=stream.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            unused.zero_()
         raise

@@ -46,7 +46,9 @@ class _RoundedLinears(torch.autograd.Function):
         half_TC = x_TC.to(rounded_DC.dtype)
         ctx.save_for_backward(half_TC, rounded_DC)
         ctx.x_dtype, ctx.sizes = x_TC.dtype, [len(weight) for weight in trained[:count]]
-        return F.linear(half_TC, rounded_DC, rounded_D).split(ctx.sizes, dim=1)
+        outputs = F.linear(half_TC, rounded_DC, rounded_D)
+        # A view, as a part is, could not be changed in place.
+        return (outputs,) if count == 1 else outputs.split(ctx.sizes, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

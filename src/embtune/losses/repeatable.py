@@ -25,6 +25,10 @@ _DIRECTIONS = {"query_to_doc", "doc_to_query"}
 """Of a ranking loss; in front of the others it writes a number of the host's."""
 
 
+_INNER = (nn.Identity, nn.L1Loss, nn.MSELoss, nn.Sigmoid, nn.SmoothL1Loss, nn.Tanh)
+"""What a loss may hold: modules that are functions of their input."""
+
+
 def settings_of(loss: nn.Module) -> Hashable | None:
     """All but embeddings and labels that the value of `loss` depends on; None unless a graph may repeat it.
 
@@ -40,8 +44,7 @@ def settings_of(loss: nn.Module) -> Hashable | None:
     for name, child in loss.named_children():
         if name == "model":
             continue
-        plain = type(child).__module__.startswith("torch.nn.") and not list(child.parameters())
-        settings = _own(child) if plain else settings_of(child)
+        settings = _own(child) if type(child) in _INNER else settings_of(child)
         if settings is None:
             return None
         inner.append(settings)
@@ -50,6 +53,8 @@ def settings_of(loss: nn.Module) -> Hashable | None:
 
 
 def _own(module: nn.Module) -> Hashable | None:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None  # which would be called while recording, and never again
     found = []
     for name, value in vars(module).items():
         if name.startswith("_"):
@@ -65,6 +70,7 @@ def _own(module: nn.Module) -> Hashable | None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    # Somebody's own similarity may do what it likes.
-    ours = callable(value) and str(getattr(value, "__module__", "")).startswith("sentence_transformers.")
-    return value is None or ours or isinstance(value, bool | int | float | str)
+    # Somebody's own similarity may do what it likes, and may be wrapped as one that does not.
+    known = str(getattr(value, "__module__", "")).startswith("sentence_transformers.")
+    theirs = callable(value) and known and not hasattr(value, "__wrapped__")
+    return value is None or theirs or isinstance(value, bool | int | float | str)

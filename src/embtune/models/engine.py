@@ -196,7 +196,7 @@ def _has_narrow_windows(config: PretrainedConfig) -> bool:
     return (
         "sliding_attention" in (getattr(config, "layer_types", None) or ())
         and isinstance(window, int)
-        and window < attention.NARROW_WINDOW
+        and window + 1 <= attention.NARROW_WINDOW  # ModernBERT's layers count the token itself, its config does not
         and _largest_head(config) <= attention.NARROW_HEAD_DIM
     )
 

@@ -3,7 +3,7 @@
 A swap is `module.__class__ = RoundedLinear`; whatever is not under autocast goes to `nn.Linear`'s own forward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,20 @@ class RoundedLinears(SharedInput):
         self.rounded: tuple[Tensor, Tensor | None] | None = None
         """Weights [D, C] and biases [D] of all layers, below each other, for the pass that is under way."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rounded": None}
+
     def parts(self) -> list[list[Tensor]]:
         """The weights of all layers, and their biases."""
         return [[part for part in parts if part is not None] for parts in self._parameters()]
 
     def compute(self, states: Tensor) -> list[Tensor] | None:
-        """The outputs [..., D_i] for an input [..., C] under autocast; None if the layers cannot be joined."""
+        """The outputs [..., D_i] for an input [..., C] under autocast; None if the layers cannot be joined now."""
         weights, biases = self.parts()
-        if len(biases) not in (0, len(weights)) or any(part.dtype != torch.float32 for part in weights + biases):
+        # A hook may set a sibling's weights before its own forward, or change an output in place.
+        if any(member._forward_pre_hooks or member._forward_hooks for member in self.members):
+            return None
+        if len(biases) not in (0, len(weights)) or not all(map(_is_exact, weights + biases)):
             return None
         if self.rounded is None:
             dtype = torch.get_autocast_dtype(states.device.type)
@@ -60,10 +66,18 @@ class RoundedLinear(nn.Linear):
 
 def _is_rounded_by_autocast(states: Tensor) -> bool:
     device = states.device.type
+    # Without gradients autocast does no more than this, and keeps what it rounds for the next call.
+    if not torch.is_grad_enabled() or not torch.amp.is_autocast_available(device):
+        return False
     # Compiled or traced code cannot follow outputs kept for later.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_autocast_enabled(device):
         return False
     return states.dim() > 1 and states.dtype in (torch.float32, torch.get_autocast_dtype(device))
+
+
+def _is_exact(part: Tensor) -> bool:
+    # A quantised weight is a parameter of another class, or holds another tensor.
+    return type(part) is nn.Parameter and part.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -80,6 +94,16 @@ def rounded_at_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Not with selective checkpointing, which wants the same operations when it recomputes a layer, behind this context.
     """
     groups = [] if is_selective(backbone) else list(_groups(backbone))
+    try:
+        with torch.no_grad():
+            _round_all(groups, dtype)
+        yield
+    finally:
+        for group in groups:
+            group.rounded = None
+
+
+def _round_all(groups: Iterable[RoundedLinears], dtype: torch.dtype) -> None:
     exact: list[Tensor] = []
     places: list[Tensor] = []
     for group in groups:
@@ -91,14 +115,8 @@ def rounded_at_once(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             exact += parts
             places += joint.split(sizes) if joint is not None else []
         group.rounded = joined[0], joined[1]
-    try:
-        with torch.no_grad():
-            if exact:
-                torch._foreach_copy_(places, exact)
-        yield
-    finally:
-        for group in groups:
-            group.rounded = None
+    if exact:
+        torch._foreach_copy_(places, exact)
 
 
 def _groups(backbone: nn.Module) -> Iterator[RoundedLinears]:
@@ -112,9 +130,11 @@ def _groups(backbone: nn.Module) -> Iterator[RoundedLinears]:
 def round_linears(backbone: nn.Module) -> list[str]:
     """Let the linear layers of a backbone without adapters be rounded together; returns the layers changed.
 
-    Layers of other classes, quantised ones among them, are left as they are.
+    Layers of other classes are left as they are; so are ALBERT's, which are called again and again: each call would
+    keep rounded weights, where autocast keeps them once.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+    adapted = any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
+    if adapted or getattr(backbone.config, "num_hidden_groups", None) is not None:
         return []
     for module in backbone.modules():
         for names in SIBLINGS:

@@ -6,6 +6,7 @@ The first computes for all of them, and keeps what the others have not asked for
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 SIBLINGS = (
@@ -24,8 +25,9 @@ class SharedInput:
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.members = list(members)
-        # Both in one attribute: another thread's input never goes with this one's outputs.
-        self._held: tuple[Tensor, dict[int, Tensor]] | None = None
+        # All in one attribute: another thread's input never goes with this one's outputs.
+        self._held: tuple[Tensor, bool, dict[int, Tensor]] | None = None
+        """The input, whether gradients were asked for, and the outputs that are left."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a pickle, of a model has no call under way.
@@ -41,13 +43,13 @@ class SharedInput:
         place = next((index for index, each in enumerate(self.members) if each is member), None)
         if place is None:  # a replica that nn.DataParallel made
             return None
-        held = self._held
-        if held is None or held[0] is not states or place not in held[1]:
+        held, for_gradients = self._held, torch.is_grad_enabled()
+        if held is None or held[0] is not states or held[1] != for_gradients or place not in held[2]:
             outputs = compute(states)
             if outputs is None:
                 return None
-            held = self._held = states, dict(enumerate(outputs))
-        output = held[1].pop(place)
-        if not held[1]:
+            held = self._held = states, for_gradients, dict(enumerate(outputs))
+        output = held[2].pop(place)
+        if not held[2]:
             self._held = None
         return output

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from embtune.kernels.row_attention import row_attention
-from embtune.packing.layout import PackedMask, Packing, RowAttention
+from embtune.packing.layout import WINDOWS_MASK_STEP, PackedMask, Packing, RowAttention
 from embtune.runtime import runs_triton
 
 ATTENTION = "embtune_packed"
@@ -81,7 +81,7 @@ def packed_attention(
     settings: tuple[Any, ...] = dropout, scaling, causal, sliding_window
     half = q_THD.dtype in _FLASH_DTYPES
     if is_bounds_mask(attention_mask):
-        tokens, longest = len(q_THD), attention_mask.shape[2]
+        tokens, longest = len(q_THD), attention_mask.shape[2] * WINDOWS_MASK_STEP
         bounds, borders = attention_mask[..., :tokens], attention_mask[0, 0, 0, tokens:]
         narrow = sliding_window is not None and sliding_window <= NARROW_WINDOW
         if half and not narrow and len(borders) > 0:

@@ -160,6 +160,10 @@ class PackedMask(Tensor):
         return mask
 
 
+WINDOWS_MASK_STEP = 512
+"""Tokens of the longest text for which a `windows_mask` has one row."""
+
+
 def flash_mask(cu_seqlens: Tensor, max_length: int) -> Tensor:
     """The attention mask of a row that variable-length FlashAttention serves: [1, 1, L, N + 1] int32.
 
@@ -181,12 +185,12 @@ def bounds_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
 def windows_mask(cu_seqlens: Tensor, tokens: int, max_length: int) -> Tensor:
     """The attention mask of a row that `row_attention` serves in layers with a narrow window, FlashAttention in others.
 
-    [2, 1, L, T + N + 1] int32: a `bounds_mask`, and behind it `cu_seqlens`, spread over as many rows as the longest
-    text may have tokens.
+    [2, 1, L / 512, T + N + 1] int32: a `bounds_mask`, and behind it `cu_seqlens`, spread over a row for each 512 tokens
+    that the longest text may have: one for each token, as in a `flash_mask`, would be gigabytes if somebody copied it.
     """
     bounds_2T = torch.stack(text_bounds(cu_seqlens, tokens))
     both = torch.cat([bounds_2T, cu_seqlens.expand(2, -1)], dim=1)
-    return both[:, None, None].expand(-1, -1, max_length, -1)
+    return both[:, None, None].expand(-1, -1, -(-max_length // WINDOWS_MASK_STEP), -1)
 
 
 def kernel_mask(cu_seqlens: Tensor, tokens: int, max_length: int, attention: RowAttention) -> Tensor:
