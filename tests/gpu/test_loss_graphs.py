@@ -103,6 +103,7 @@ def test_a_recording_that_fails_leaves_those_before_it_as_they_were() -> None:
         dropped = torch.nn.functional.dropout(states)
     with pytest.raises(RuntimeError), record(torch.cuda.CUDAGraph(), pool, stream):
         torch.nn.functional.dropout(states).sum().item()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     drawn = []
     for _ in range(2):
         before = torch.cuda.get_rng_state()

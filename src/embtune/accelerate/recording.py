@@ -14,10 +14,12 @@ def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) ->
     Raises:
         RuntimeError: something within cannot be recorded, such as waiting for the device.
     """
+    before = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             yield
     except RuntimeError:
+        torch.cuda.set_stream(before)  # PyTorch stays on the other one
         # PyTorch before 2.13 takes this recording for one that still goes on whenever a number is drawn, until some
         # recording ends well.
         unused = torch.zeros(1, device=stream.device)
