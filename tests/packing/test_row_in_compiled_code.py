@@ -1,6 +1,7 @@
 """A packed row as compiled code and recorded CUDA graphs take it: plain tensors, nothing that fits one batch only."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from embtune import FastSentenceTransformer
 from embtune.accelerate.compiling import compile_layers
 from embtune.models.families import FAMILIES
 from embtune.packing.flatten import flatten
+from embtune.packing.layout import RowAttention
 
 TinyDir = Callable[..., Path]
+HAS_TRITON = find_spec("triton") is not None
 
 
 @pytest.fixture
@@ -55,27 +58,22 @@ def test_compiled_layers_give_the_same_and_serve_every_batch(model_type: str, ti
     assert compiled[0] == compiled[-1] > 0
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if FAMILIES[name].packing == "interface"])
-def test_the_mask_of_flash_attention_reaches_the_attention(model_type: str, tiny_dir: TinyDir) -> None:
-    """Where FlashAttention cannot serve after all, the groups compute the same from the same mask."""
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [
+        *((name, "flash") for name in ARCHITECTURES if FAMILIES[name].packing == "interface"),
+        pytest.param("modernbert", "windows", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton")),
+    ],
+)
+def test_a_mask_for_kernels_reaches_the_attention(model_type: str, attention: RowAttention, tiny_dir: TinyDir) -> None:
+    """Where FlashAttention cannot serve after all, others compute the same from the same mask."""
     packed, reference = load(tiny_dir(model_type), "packed"), load(tiny_dir(model_type), "reference")
     engine = packed.engine
     assert engine.flash
+    assert engine.windows or attention == "flash"
     features = packed.preprocess(TEXTS)
-    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, attention="flash")
-    assert flattened is not None
-    embeddings = SentenceTransformer.forward(packed, flattened[0])["sentence_embedding"]
-    torch.testing.assert_close(embeddings, reference(dict(features))["sentence_embedding"], rtol=0, atol=1e-5)
-
-
-@pytest.mark.usefixtures("interpreter")
-def test_the_mask_of_layers_with_windows_reaches_the_attention(tiny_dir: TinyDir) -> None:
-    pytest.importorskip("triton")
-    packed, reference = load(tiny_dir("modernbert"), "packed"), load(tiny_dir("modernbert"), "reference")
-    engine = packed.engine
-    assert engine.windows
-    features = packed.preprocess(TEXTS)
-    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, attention="windows")
+    flattened = flatten(features, torch.float32, engine.padding_id, engine.mask_value, attention)
     assert flattened is not None
     embeddings = SentenceTransformer.forward(packed, flattened[0])["sentence_embedding"]
     torch.testing.assert_close(embeddings, reference(dict(features))["sentence_embedding"], rtol=0, atol=1e-5)
