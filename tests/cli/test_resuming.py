@@ -84,8 +84,13 @@ def test_other_options_are_said_with_what_follows(run: Path, capsys: pytest.Capt
     assert main(["train", "--resume", "run", "--lora-r", "4"]) == 1
     assert "lora_r 16 -> 4: what the checkpoint holds would not fit" in capsys.readouterr().err
     flags = ["--batch-size", "4", "--learning-rate", "0.5", "--scheduler", "cosine"]
+    assert main(["train", "--resume", "run", *flags, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
     assert main(["train", "--resume", "run", *flags]) == 0
     shown = capsys.readouterr().out
+    changes = [line for line in shown.splitlines() if line.startswith("- ")]
+    assert len(changes) == 3
+    assert set(changes) <= set(planned.splitlines())
     assert "rows in a step 8 -> 4: the run goes on as if its 2 steps had been of the new size, so about 8 rows" in shown
     assert "learning_rate 0.01 -> 0.5: without effect" in shown
     assert "\n- scheduler linear -> cosine.\n" in shown

@@ -54,7 +54,7 @@ def _run(
         return INTERRUPTED
     settings = {"config": options, "folder": os.getcwd(), "git": git_state(), "data": fingerprints}
     exit_code: int = (
-        training.dry_run(config, data, console, warned)
+        training.dry_run(config, data, options, console, warned)
         if config.dry_run
         else training.train(config, run, data, settings, console)
     )

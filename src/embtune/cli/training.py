@@ -76,17 +76,23 @@ def train(config: TrainConfig, run: RunFolder, data: RunData, settings: Mapping[
     return 0
 
 
-def dry_run(config: TrainConfig, data: RunData, console: Console, warned: Collection[str]) -> int:
+def dry_run(
+    config: TrainConfig, data: RunData, options: Mapping[str, Any], console: Console, warned: Collection[str]
+) -> int:
     """Load and check everything, time a few steps, show what a run would do, and return the exit code.
 
     Args:
+        options: as run.json would keep them.
         warned: what there was to warn of, up to the moment at which it is looked at.
     """
     log = EventLog(None, echo=sys.stdout if config.json else None)
     model, loss = _prepare(config, console, log)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, folder, model, loss, data.train)
-        checkpoint = last_whole_checkpoint(RunFolder(config.output).checkpoints) if config.resume is not None else None
+        run = RunFolder(config.output)
+        checkpoint = last_whole_checkpoint(run.checkpoints) if config.resume is not None else None
+        if checkpoint is not None:
+            _show_changes(run, options, step_of(checkpoint), console)
         preflight = _preflight(config, trainer, data, checkpoint)
     with working(console, "Timing a few steps", log):
         seconds, memory = timed_steps(config, model, loss, data.train)
