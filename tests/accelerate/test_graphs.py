@@ -12,7 +12,7 @@ from embtune import FastSentenceTransformer, SentenceTransformerTrainer, Sentenc
 from embtune.accelerate.graphs import Shape, SharedGradients
 from embtune.accelerate.recordable import embed_row, why_not_recordable
 from embtune.errors import ArgumentError
-from embtune.losses import MultipleNegativesRankingLoss
+from embtune.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 from embtune.packing.row import PackedRow
 
 TinyDir = Callable[..., Path]
@@ -66,15 +66,23 @@ def test_the_recorded_pass_is_the_models_own(tiny_dir: TinyDir) -> None:
     torch.testing.assert_close(embed_row(model, model.engine, row, 128), expected, rtol=0, atol=1e-6)
 
 
-def test_who_cannot_be_recorded_is_told_why(tiny_dir: TinyDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "loss", "why"),
+    [
+        ({}, MultipleNegativesRankingLoss, "the model is on cpu"),
+        ({}, CachedMultipleNegativesRankingLoss, "the loss calls the model itself"),
+        ({"token_cache": False}, MultipleNegativesRankingLoss, "token_cache=False leaves the texts"),
+    ],
+)
+def test_who_cannot_be_recorded_is_told_why(
+    settings: dict[str, bool], loss: type[torch.nn.Module], why: str, tiny_dir: TinyDir, tmp_path: Path
+) -> None:
     model = FastSentenceTransformer.from_pretrained(tiny_dir("bert"), device="cpu", engine="packed")
     assert "NVIDIA" in str(why_not_recordable(model, model.engine, torch.bfloat16))
-    args = SentenceTransformerTrainingArguments(
-        str(tmp_path), cuda_graphs="always", report_to="none", use_cpu=True, per_device_train_batch_size=2
-    )
+    plain = {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 2, **settings}
+    args = SentenceTransformerTrainingArguments(str(tmp_path), cuda_graphs="always", **plain)
     pairs = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
     model = FastSentenceTransformer.get_peft_model(model)
-    loss = MultipleNegativesRankingLoss(model)
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
-    with pytest.raises(ArgumentError, match='cuda_graphs="always" cannot be honoured: the model is on cpu'):
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss(model))
+    with pytest.raises(ArgumentError, match=f'cuda_graphs="always" cannot be honoured: {why}'):
         trainer.train()

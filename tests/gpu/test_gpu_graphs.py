@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from embtune import FastSentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from embtune.accelerate.graphs import EncoderGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
+from embtune.errors import ArgumentError
 from embtune.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 from embtune.packing.row import PackedRow
 from embtune.train.kernels import use_kernels
@@ -172,7 +173,7 @@ def train(folder: Path, out: Path, **settings: object) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_accumulation_steps": 2}, {"cached": True}, {"fused_kernels": "always"}]
+    "settings", [{}, {"gradient_accumulation_steps": 2}, {"fused_kernels": "always"}, {"fused_kernels": "never"}]
 )
 def test_training_with_graphs_is_training(settings: dict[str, object], tiny_dir: TinyDir, tmp_path: Path) -> None:
     folder = tiny_dir("distilbert")
@@ -180,6 +181,33 @@ def test_training_with_graphs_is_training(settings: dict[str, object], tiny_dir:
     without = train(folder, tmp_path / "plain", cuda_graphs="never", **settings)
     assert with_graphs == pytest.approx(without, rel=0.05)
     assert with_graphs[-1] < with_graphs[0]
+
+
+def test_runs_whose_batches_are_not_laid_out_go_without(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    for settings, why in (
+        ({"cached": True}, "the loss calls the model itself"),
+        ({"token_cache": False}, "token_cache"),
+    ):
+        with pytest.raises(ArgumentError, match=why):
+            train(tiny_dir("bert"), tmp_path / "graphs", cuda_graphs="always", **settings)
+
+
+def test_hooks_that_wait_for_gradients_are_not_passed_over(tiny_dir: TinyDir) -> None:
+    model = load(tiny_dir("bert"))
+    graphs, trained = graphs_of(model)
+    [row] = rows(1)
+    trained[0].register_post_accumulate_grad_hook(lambda _: None)
+    with pytest.raises(RuntimeError, match="hooks on the parameters"):
+        graphs(row)
+
+
+def test_a_second_backward_is_an_error(tiny_dir: TinyDir) -> None:
+    graphs, _ = graphs_of(load(tiny_dir("bert")))
+    [row] = rows(1)
+    loss = graphs(row).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("kernels", ["never", "always"])

@@ -446,3 +446,16 @@ def test_a_program_is_not_told_what_it_cannot_change(tmp_path: Path, tiny_dir: T
     texts = [str(warning.message) for warning in warned]
     assert not [text for text in texts if "pin_memory" in text or "is_gradient_checkpointing" in text]
     assert trainer.args.dataloader_pin_memory == torch.accelerator.is_available()
+
+
+def test_arguments_serve_a_second_trainer(tmp_path: Path, tiny_dir: TinyDir) -> None:
+    """Prompts by the data's own names are read as such by each: here one name is the other's role."""
+    data = pairs(8).rename_columns({"anchor": "question", "positive": "anchor"})
+    columns, prompts = {"question": "anchor", "anchor": "positive"}, {"question": "query: "}
+    args = arguments(tmp_path, columns=columns, prompts=dict(prompts))
+    for _ in range(2):
+        model = load(tiny_dir("bert"))
+        loss = MultipleNegativesRankingLoss(model)
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+        assert trainer.args.prompts == {"anchor": "query: "}
+    assert args.prompts == prompts

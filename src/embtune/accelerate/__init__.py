@@ -1,1 +1,1 @@
-"""Compiling where it pays, and gradient checkpointing."""
+"""Compiling where it pays, and passes and losses replayed as CUDA graphs."""

@@ -175,6 +175,8 @@ class EncoderGraphs:
         return _Replay.apply(self._parameters[0], self, recording, ticket)[: shape.texts]
 
     def _record(self, row: PackedRow, shape: Shape) -> _Recording:
+        if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in self._parameters):
+            raise RuntimeError("hooks on the parameters wait for gradients, which a replay adds without autograd")
         static = _static_row(row, shape)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -216,6 +218,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        if ctx.ticket is None:
+            raise RuntimeError(
+                "A second backward through one forward, whose states the next forward may have written over. "
+                'Train with cuda_graphs="never" for that.'
+            )
         recording = ctx.recording
         recording.embeddings_grad.copy_(gradient)
         ctx.graphs.gradients.collect(recording.backward.replay, recording.used)

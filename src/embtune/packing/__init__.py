@@ -1,1 +1,1 @@
-"""A batch as one flat row of real tokens: layout, attention over it, and the swaps that some architectures need."""
+"""A batch as one flat row of real tokens: its layout, its attention masks, attention over it and pooling."""

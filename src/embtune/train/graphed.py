@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import ConcatDataset, Dataset
 
 from embtune.accelerate.graphs import EncoderGraphs
@@ -12,6 +13,7 @@ from embtune.accelerate.loss_graphs import LossGraphs
 from embtune.accelerate.recordable import embed_row, why_not_recordable
 from embtune.accelerate.row_sizes import choose_row_sizes
 from embtune.errors import ArgumentError
+from embtune.losses.services import takes_one_pass
 from embtune.packing.row import PREPARED
 from embtune.train.collator import TokenRows
 
@@ -34,7 +36,9 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
         return None
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
     engine = getattr(model, "engine", None)
-    obstacle = why_not_recordable(model, engine, autocast or model.dtype, args.gradient_checkpointing)
+    obstacle = _why_not_laid_out(trainer) or why_not_recordable(
+        model, engine, autocast or model.dtype, args.gradient_checkpointing
+    )
     if obstacle is not None or engine is None:
         if mode == "always":
             raise ArgumentError(f'cuda_graphs="always" cannot be honoured: {obstacle}.')
@@ -44,6 +48,18 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embed = partial(embed_row, model, engine, rounds_at_once=autocast is not None)
     return EncoderGraphs(embed, trained, autocast=autocast, limit=SHAPES, strict=mode == "always")
+
+
+def _why_not_laid_out(trainer: "SentenceTransformerTrainer") -> str | None:
+    """What keeps every batch from being laid out as a row in front of the step, or None."""
+    losses = trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss]
+    if not any(map(takes_one_pass, losses)):
+        return "the loss calls the model itself"
+    if not getattr(trainer.args, "token_cache", True):
+        return "token_cache=False leaves the texts to be tokenised in each step"
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return "texts of a stream are tokenised in each step"
+    return None
 
 
 def loss_graphs(graphs: EncoderGraphs) -> LossGraphs:

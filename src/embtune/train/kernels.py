@@ -1,7 +1,7 @@
 """Which kernels a run uses. Triton compiles its own for seconds, once on each machine; a short run does not gain them.
 
-On the H200 the first step of BERT-base took 12.1 s with nothing compiled and 2.6 s from then on, and a later step 39 ms
-instead of 49 (docs/decisions.md).
+On the H200 the first step of BERT-base took 8 to 14 s with nothing compiled and 2.5 s from then on, and a later step
+39 ms instead of 49 (docs/decisions.md).
 """
 
 import hashlib
@@ -44,7 +44,8 @@ def settle_kernels(model: SentenceTransformer, args: TrainingArguments, data: ob
     # Elsewhere than on CUDA nothing is compiled: there Triton's kernels do not run.
     compiles = model.device.type == "cuda" and runs_triton(model.device)
     mark = _mark(model) if compiles else None
-    triton = mark is None or mode == "always" or is_long(args, data) or mark.exists()
+    wanted = mark is None or mode == "always" or is_long(args, data) or mark.exists()
+    triton = wanted and mode != "never"
     if fused and not triton:
         print(
             f"kernels: without Triton's, which would take about 10 s to compile on this machine, once; "

@@ -1,5 +1,6 @@
 """sentence-transformers' trainer with checked data, exact checkpoints and a compile decision; all else is inherited."""
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -65,7 +66,9 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
         args = SentenceTransformerTrainingArguments("tmp_trainer") if args is None else args
         columns = getattr(args, "columns", None)
         if columns and isinstance(args.prompts, dict):
-            # Prompts may be keyed by the data's own column names, which are roles from here on.
+            # Prompts may be keyed by the data's own column names, which are roles from here on; not so for another
+            # trainer that is given the same arguments.
+            args = copy.copy(args)
             args.prompts = {columns.get(name, name): prompt for name, prompt in args.prompts.items()}
         train_dataset = _with_roles(train_dataset, columns, "train_dataset")
         eval_dataset = _with_roles(eval_dataset, columns, "eval_dataset")
@@ -137,8 +140,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The features of each column, with their embeddings where `compute_loss` found that one pass will do."""
         if PREPARED in inputs:
-            assert self._embed is not None, "the loss or the engine has changed since the data loader was made"
-            return embed_row_once(self._embed, inputs[PREPARED]), inputs.get("label")
+            return embed_row_once(self._embed or self.model, inputs[PREPARED]), inputs.get("label")
         columns, labels = super().collect_features(inputs)
         if self._embed is None:
             return columns, labels
