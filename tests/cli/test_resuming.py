@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from embtune.cli.main import main
+from embtune.cli.parsing import parse_train
 from embtune.cli.resuming import about_changes
 from embtune.cli.run_folder import RunFolder
+from embtune.errors import ArgumentError
 from embtune.files import read_json
 from embtune.report.events import read_events
+from embtune.train.checkpoint_folders import last_whole_checkpoint
 
 FLAGS = (
     "--data train.jsonl --eval-data dev.jsonl --batch-size 8 --max-steps 4 --save-steps 2 --max-seq-length 4 "
@@ -107,3 +110,29 @@ def test_rows_skipped_and_lengths() -> None:
     assert epochs.startswith("epochs 1.0 -> 2.0: the learning rate takes the course")
     assert arguments == "training_args {'gradient_accumulation_steps': 2} -> –."
     assert list(about_changes(before, before, [], step=10)) == []
+
+
+def test_a_checkpoint_that_was_cut_off_later_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a full disk, or by a copy that broke off."""
+    shutil.rmtree(run / "merged")
+    (run / "results.json").unlink()
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        [file] = (run / "checkpoints" / "checkpoint-4").rglob(name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-10])
+        assert last_whole_checkpoint(run / "checkpoints").name == "checkpoint-2"
+        file.write_bytes(whole)
+    assert last_whole_checkpoint(run / "checkpoints").name == "checkpoint-4"
+    file.write_bytes(whole[:100])
+    assert main(["train", "--resume", "run"]) == 0
+    assert "for 2 steps of" in capsys.readouterr().out
+
+
+def test_a_flag_for_the_length_takes_the_place_of_what_a_file_says_of_it(work_dir: Path) -> None:
+    (work_dir / "run.yaml").write_text("model: MODEL\ndata: train.jsonl\nepochs: 2\n")
+    assert parse_train(["run.yaml"]).epochs == 2
+    steps = parse_train(["run.yaml", "--max-steps", "7"])
+    assert (steps.epochs, steps.max_steps) == (None, 7)
+    assert parse_train(["run.yaml", "--epochs", "3"]).epochs == 3
+    with pytest.raises(ArgumentError, match="exclude each other"):
+        parse_train(["run.yaml", "--epochs", "3", "--max-steps", "7"])

@@ -459,3 +459,13 @@ def test_arguments_serve_a_second_trainer(tmp_path: Path, tiny_dir: TinyDir) -> 
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
         assert trainer.args.prompts == {"anchor": "query: "}
     assert args.prompts == prompts
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_is_refused(score: float, tmp_path: Path, tiny_dir: TinyDir) -> None:
+    data = Dataset.from_dict({"sentence1": TEXTS[:4], "sentence2": TEXTS[4:8], "score": [0.1, 0.5, score, 0.9]})
+    model = load(tiny_dir("bert"))
+    args = arguments(tmp_path, per_device_train_batch_size=2, bf16=True)
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=CoSENTLoss(model))
+    with pytest.raises(DataError, match=r"row 3 \(dataset\[2\]\), column 'score' is (nan|inf) where a finite"):
+        trainer.train()

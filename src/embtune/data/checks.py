@@ -1,5 +1,6 @@
 """What can be wrong with rows that are each in order: duplicates, leaks, too few for a batch."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, TypeAlias
@@ -35,7 +36,7 @@ def check_training_data(
         The warnings' texts, each with row numbers counted from 1.
 
     Raises:
-        DataError: there are fewer rows than one batch holds, or a cell of a text column is no text.
+        DataError: there are fewer rows than one batch holds, a cell of a text column is no text, or a label is NaN.
     """
     if batch_size is not None:
         _check_size(train, batch_size)
@@ -91,7 +92,21 @@ def _prepared(dataset: Dataset, source: str) -> Dataset:
     dataset = canonical(dataset, source=source)
     texts = ColumnRoles.from_names(_text_roles(dataset), source=source)
     check_cells(dataset, texts, lambda index: f"{source}, row {index + 1} (dataset[{index}])")
+    _check_numbers(dataset, source)
     return dataset
+
+
+def _check_numbers(dataset: Dataset, source: str) -> None:
+    """Raise at the first label that is no number: trained on, it would make every weight one that is none."""
+    for name in dataset.column_names:
+        if name not in LABEL_ROLES or not str(getattr(dataset.features[name], "dtype", "")).startswith("float"):
+            continue
+        for index, value in enumerate(dataset.with_format(None)[name]):
+            if value is None or not math.isfinite(value):
+                raise DataError(
+                    f"{source}, row {index + 1} (dataset[{index}]), column {name!r} is {value} where a finite number "
+                    "belongs. Give it a number or remove the row."
+                )
 
 
 def _duplicates(train: Dataset, what: str) -> str | None:

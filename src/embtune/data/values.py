@@ -63,6 +63,8 @@ def explain_label(value: Any, text_columns: Mapping[str, str]) -> str:
         return f"is {value} where a number belongs. Write 1 for true and 0 for false."
     if value is None or value == "":
         return "is empty where a number belongs. Give it a number or remove the row."
+    if isinstance(value, float):
+        return f"is {value!r} where a finite number belongs. Give it a number or remove the row."
     return (
         f"is {value!r} where a finite number belongs. Number the classes 0, 1, 2, …, or, if the loss needs no label, "
         f"leave the column out: {as_option(text_columns)}."

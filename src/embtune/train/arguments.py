@@ -80,4 +80,6 @@ class SentenceTransformerTrainingArguments(sentence_transformers.SentenceTransfo
         # Without an accelerator there is nothing to pin memory for, and PyTorch's loaders would warn of it.
         if default_device().type == "cpu":
             self.dataloader_pin_memory = False
+            if self.bf16:
+                self.use_cpu = True  # transformers takes bf16 for a GPU's unless it is told so
         super().__post_init__()

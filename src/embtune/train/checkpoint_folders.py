@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from embtune.errors import ArgumentError
@@ -24,12 +25,33 @@ def is_checkpoint_name(folder: str | Path) -> bool:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last, after weights and optimizer."""
+    """Whether a checkpoint was written to its end, and none of its files was cut off since.
+
+    The Trainer writes its state last, after weights and optimizer; a full disk or a broken copy cuts off others.
+    """
     try:
         read_json(checkpoint / TRAINER_STATE_NAME)
-    except (OSError, json.JSONDecodeError):
+        return all(map(_is_complete, checkpoint.rglob("*")))
+    except (OSError, ValueError):  # JSON and UTF-8 that are none are such
         return False
-    return True
+
+
+def _is_complete(file: Path) -> bool:
+    if file.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(file)  # as PyTorch writes them: what a zip file holds is listed at its end
+    return file.suffix != ".safetensors" or _has_all_tensors(file)
+
+
+def _has_all_tensors(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes, the header's length, and then the tensors."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        length = file.stat().st_size - 8 - size
+        if length < 0:
+            return False
+        header = json.loads(opened.read(size))
+    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+    return length == max(ends, default=0)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -38,7 +60,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_whole_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run that was written to its end; one cut off in the middle is passed over.
+    """The newest whole checkpoint of a run; one that was cut off is passed over.
 
     Raises:
         ArgumentError: the run has none.
