@@ -51,13 +51,10 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         source = ConfigFile.read(Path(file))
     else:
         return make_checked(TrainConfig, _options(options_type, "train", arguments))
+    # A flag that says how long a run is takes the place of what the file says, by whichever of the two ways.
     for flag, other in (("--epochs", "--max-steps"), ("--max-steps", "--epochs")):
         if other not in flags and _value(arguments, flag) not in (None, "None"):
-            arguments = [
-                *arguments,
-                other,
-                "None",
-            ]  # of the two ways to say how long, the flag's takes the file's place
+            arguments = [*arguments, other, "None"]
     source.check(given)
     return source.checked(_options(options_type, "train", arguments, source.defaults(options_type)))
 

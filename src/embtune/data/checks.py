@@ -1,6 +1,5 @@
 """What can be wrong with rows that are each in order: duplicates, leaks, too few for a batch."""
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, TypeAlias
@@ -90,23 +89,15 @@ def _within(rows: Dataset, what: str) -> list[str | None]:
 
 def _prepared(dataset: Dataset, source: str) -> Dataset:
     dataset = canonical(dataset, source=source)
-    texts = ColumnRoles.from_names(_text_roles(dataset), source=source)
-    check_cells(dataset, texts, lambda index: f"{source}, row {index + 1} (dataset[{index}])")
-    _check_numbers(dataset, source)
+    # Of labels only those that are to be numbers: one that is NaN would make every weight it trains NaN.
+    numbers = [name for name in dataset.column_names if name in LABEL_ROLES and _holds_floats(dataset, name)]
+    roles = ColumnRoles.from_names([*_text_roles(dataset), *numbers], source=source)
+    check_cells(dataset, roles, lambda index: f"{source}, row {index + 1} (dataset[{index}])")
     return dataset
 
 
-def _check_numbers(dataset: Dataset, source: str) -> None:
-    """Raise at the first label that is no number: trained on, it would make every weight one that is none."""
-    for name in dataset.column_names:
-        if name not in LABEL_ROLES or not str(getattr(dataset.features[name], "dtype", "")).startswith("float"):
-            continue
-        for index, value in enumerate(dataset.with_format(None)[name]):
-            if value is None or not math.isfinite(value):
-                raise DataError(
-                    f"{source}, row {index + 1} (dataset[{index}]), column {name!r} is {value} where a finite number "
-                    "belongs. Give it a number or remove the row."
-                )
+def _holds_floats(dataset: Dataset, column: str) -> bool:
+    return str(getattr(dataset.features[column], "dtype", "")).startswith("float")
 
 
 def _duplicates(train: Dataset, what: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embtune.errors import ArgumentError
-from embtune.kernels.tiles import check_dtypes, tile_of
+from embtune.kernels.tiles import ColumnSums, check_dtypes, tile_of
 from embtune.runtime import require_triton
 
 
@@ -95,7 +95,7 @@ class _RMSNorm(torch.autograd.Function):
         steps = tile.steps(rows) if for_weight else 1
         programs = -(-tile.count(rows) // steps)
         x_grad = torch.empty_like(x) if for_x else None
-        weight_parts = x.new_empty(programs, columns, dtype=torch.float32) if for_weight else None
+        sums = ColumnSums(x, programs, for_weight)
         with torch.cuda.device_of(x):
             rms_backward[(programs,)](
                 grad.contiguous(),
@@ -103,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
                 weight.contiguous(),
                 rstd,
                 x_grad,
-                weight_parts,
+                *sums.parts,
                 rows,
                 columns,
                 UNIT_OFFSET=ctx.unit_offset,
@@ -112,4 +112,5 @@ class _RMSNorm(torch.autograd.Function):
                 BLOCK=tile.block,
                 num_warps=tile.warps,
             )
-        return x_grad, None if weight_parts is None else weight_parts.sum(0).to(weight.dtype), None, None
+        [weight_grad] = sums.totals(weight.dtype)
+        return x_grad, weight_grad, None, None

@@ -145,10 +145,11 @@ def row_attention_for(
     """
     flash = flash and flash_serves(device, dtype)
     half = dtype in _FLASH_DTYPES
-    if tiles and half and runs_triton(device) and (not flash or (triton and longest <= TILES_LENGTH)):
-        return "tiles"
-    if tiles and windows and triton and half and runs_triton(device):
-        return "windows"
+    if tiles and half and runs_triton(device):
+        if not flash or (triton and longest <= TILES_LENGTH):
+            return "tiles"
+        if windows and triton:
+            return "windows"
     return "flash" if flash else "groups"
 
 

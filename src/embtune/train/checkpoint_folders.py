@@ -65,16 +65,14 @@ def last_whole_checkpoint(run: Path) -> Path:
     Raises:
         ArgumentError: the run has none.
     """
-    numbered = [
-        (step_of(folder), folder)
-        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if is_checkpoint_name(folder) and is_whole(folder)
-    ]
-    if not numbered:
+    numbered = filter(is_checkpoint_name, run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    newest_first = sorted(numbered, key=step_of, reverse=True)
+    newest = next(filter(is_whole, newest_first), None)
+    if newest is None:
         raise ArgumentError(
             f"There is nothing to resume: {run} holds no whole checkpoint. Start a new run in another folder."
         )
-    return max(numbered)[1]
+    return newest
 
 
 def remove_unfinished(run: Path) -> None:

@@ -52,8 +52,7 @@ def encoder_graphs(trainer: "SentenceTransformerTrainer") -> EncoderGraphs | Non
 
 def _why_not_laid_out(trainer: "SentenceTransformerTrainer") -> str | None:
     """What keeps every batch from being laid out as a row in front of the step, or None."""
-    losses = trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss]
-    if not any(map(takes_one_pass, losses)):
+    if not any(map(takes_one_pass, trainer.losses)):
         return "the loss calls the model itself"
     if not getattr(trainer.args, "token_cache", True):
         return "token_cache=False leaves the texts to be tokenised in each step"

@@ -44,8 +44,7 @@ def settle_kernels(model: SentenceTransformer, args: TrainingArguments, data: ob
     # Elsewhere than on CUDA nothing is compiled: there Triton's kernels do not run.
     compiles = model.device.type == "cuda" and runs_triton(model.device)
     mark = _mark(model) if compiles else None
-    wanted = mark is None or mode == "always" or is_long(args, data) or mark.exists()
-    triton = wanted and mode != "never"
+    triton = mode != "never" and (mark is None or mode == "always" or is_long(args, data) or mark.exists())
     if fused and not triton:
         print(
             f"kernels: without Triton's, which would take about 10 s to compile on this machine, once; "

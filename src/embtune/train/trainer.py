@@ -165,7 +165,7 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
         """As sentence-transformers makes it, with texts that are token ids already where that gives the same."""
         if getattr(self.model, "packs", False):
-            fall_back_for(self._losses, self.model)
+            fall_back_for(self.losses, self.model)
         self._kind_of_loader = dataset_kind
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         with self.args.main_process_first(desc="tokenising"):
@@ -183,7 +183,8 @@ class SentenceTransformerTrainer(sentence_transformers.SentenceTransformerTraine
             save_loss_weights(self._loss_module(), self.model, Path(output_dir))
 
     @property
-    def _losses(self) -> list[nn.Module]:
+    def losses(self) -> list[nn.Module]:
+        """The loss, or those of all data sets."""
         return list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
 
     def _loss_module(self) -> nn.Module:
